@@ -1,0 +1,1 @@
+"""Recipes: what was run, as plain data."""

@@ -1,0 +1,271 @@
+"""What a run is: typed, frozen, plain data (standard library only).
+
+A recipe says everything that decides the numbers of a run. It is written to `recipe.json` in the run folder and in
+every checkpoint, and is compared at resume. Presets are instances of `Recipe`; the command line overrides single
+fields. Rates are fractions, sizes are pixels, lr is per optimizer update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeAlias, cast, get_type_hints
+
+Size: TypeAlias = int | tuple[int, int]
+"""One side of a square, or (height, width)."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Width, depth and heads of the encoder. Ti and S are DeiT's (Touvron et al. 2021, Table 1); B, L and H are ViT's
+# (Dosovitskiy et al. 2021, Table 1). MAE trains H with patch size 14.
+VIT_SIZES: dict[str, dict[str, int]] = {
+    "ti": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
+    "s": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "h": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The architecture and the objective: the fields of `hf_mae.MAEConfig`, with its defaults (ViT-B)."""
+
+    image_size: Size = 224
+    """Input height and width in pixels: one number, or two for non-square images."""
+    patch_size: Size = 16
+    """Patch height and width in pixels; must divide the image size."""
+    num_channels: int = 3
+    """Colour channels: 3 reads images as RGB, 1 as grey."""
+    hidden_size: int = 768
+    """Encoder width."""
+    num_hidden_layers: int = 12
+    """Encoder blocks."""
+    num_attention_heads: int = 12
+    """Encoder heads."""
+    intermediate_size: int | None = None
+    """Encoder MLP width; None is four times the encoder width."""
+    decoder_hidden_size: int = 512
+    """Decoder width."""
+    decoder_num_hidden_layers: int = 8
+    """Decoder blocks."""
+    decoder_num_attention_heads: int = 16
+    """Decoder heads."""
+    decoder_intermediate_size: int | None = None
+    """Decoder MLP width; None is four times the decoder width."""
+    layer_norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+    mask_ratio: float = 0.75
+    """Fraction of patches removed, in [0, 1)."""
+    mask_strategy: Literal["random", "block", "grid"] = "random"
+    """How the removed patches are chosen (paper, Table 1f)."""
+    mask_tokens_in_encoder: bool = False
+    """Feed mask tokens to the encoder, as BEiT does (paper, Table 1c): slower and worse."""
+    target: Literal["pixel", "pca", "token"] = "pixel"
+    """What is predicted (paper, Table 1d)."""
+    norm_pix_loss: bool = True
+    """Normalise each target patch by its own mean and standard deviation."""
+    pos_embed: Literal["sincos", "learned"] = "sincos"
+    """Fixed 2-D sine-cosine positions, or learned ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the images come from and in which order they are read."""
+
+    path: str = ""
+    """A folder of images (with or without class folders), of Parquet or of webdataset tars; a Hub id; or `digits`."""
+    name: str | None = None
+    """Configuration name of a Hub data set that has several."""
+    split: str | None = None
+    """Which split to train on; None takes `train`, or the only one."""
+    streaming: bool = True
+    """Read a Hub data set by ranges as training goes. False downloads it to the cache first."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set; resolved to a commit at start and recorded."""
+    image_column: str | None = None
+    """Column of encoded images; None finds it."""
+    label_column: str | None = None
+    """Column of integer labels, used by monitors only; None finds it, `none` ignores labels."""
+    lanes: int | None = None
+    """Parallel reading positions of the order; None is 64, fewer if `window_bytes` is exceeded."""
+    window_rows: int = 8192
+    """Rows shuffled together at any moment, over all lanes."""
+    window_bytes: int = 2**30
+    """Ceiling for the encoded bytes of those rows."""
+    remainder: Literal["carry", "drop"] = "carry"
+    """What happens to the last `rows % global_batch` rows of an epoch: open the next epoch, or are left out of it."""
+    max_bad_fraction: float = 0.01
+    """Stop when more than this fraction of the rows cannot be decoded."""
+    max_pixels: int = 89_478_485
+    """Refuse to decode images with more pixels than this (decompression bombs)."""
+    workers: Literal["thread", "process"] = "thread"
+    """What the `num_workers` decoders are. Neither kind nor number changes any batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """From a decoded image to `image_size`."""
+
+    crop: Literal["random-resized", "fixed", "center"] = "random-resized"
+    """Random resized crop; random crop after resizing the short side (paper, Table 1e "crop, fixed size"); or centre."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Area fraction of a random resized crop."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio (width / height) of a random resized crop."""
+    flip: bool = True
+    """Mirror half of the images."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter (paper, Table 1e "color jit"); 0 is off."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Per-channel mean of the input, after scaling to [0, 1]."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Per-channel standard deviation of the input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate at a global batch of 256; lr = base_lr * global_batch / 256."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of everything with two or more dimensions (tokens included, as the official code does)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip_grad: float | None = None
+    """Clip the global gradient norm to this value."""
+    decay_tokens: bool = True
+    """Weight-decay the cls and mask tokens. True is the official behaviour."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay per update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Linear warm-up from zero, then half a cosine; one value per optimizer update."""
+
+    warmup_epochs: float = 40.0
+    """Length of the warm-up. With `max_steps` it keeps its share of the run."""
+    min_lr: float = 0.0
+    """Where the cosine ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evals:
+    """What is measured besides the loss while training."""
+
+    pictures: int = 8
+    """Images in each reconstruction picture; 0 draws none."""
+    knn: bool = True
+    """Weighted k-nearest-neighbour accuracy of the encoder on a labelled split, when there is one."""
+    rankme: bool = True
+    """Effective rank of the features (Garrido et al. 2023); needs no labels."""
+    probe: bool = False
+    """Logistic regression on frozen features at the end of the run."""
+    split: str | None = None
+    """Labelled split to test on; None takes `test` or `validation`."""
+    train_examples: int = 5000
+    """Images of the training split in the kNN bank."""
+    test_examples: int = 2000
+    """Images of the test split."""
+    at_start: bool = True
+    """Measure the untrained encoder as well: the number to compare with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How the computation is carried out. Nothing here is meant to change what is learned."""
+
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast type of the forward pass; loss, targets and weights stay float32."""
+    compile: bool = False
+    """Compile each transformer block."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    expect_processes: int | None = None
+    """Refuse to start with another number of processes."""
+    track: Literal["none", "tensorboard", "trackio"] = "none"
+    """A tracker beside metrics.jsonl, which is always written."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run."""
+
+    name: str
+    source: str
+    """Where the numbers come from: paper, table, row."""
+    expected: str
+    """What the source reports for it, or what we measured and where; "not published" where there is neither."""
+    out: str = ""
+    """Run folder; empty is runs/NAME."""
+    seed: int = 0
+    epochs: float = 800.0
+    """Length of the run, in passes over the data."""
+    max_steps: int | None = None
+    """Length of the run in optimizer updates, in place of `epochs`; the schedule is squeezed to fit."""
+    global_batch: int = 4096
+    """Images per optimizer update, over all processes and accumulation."""
+    micro_batch: int | None = None
+    """Images per process and forward pass; None is as many as the global batch gives each process, at most 64."""
+    num_workers: int = 2
+    """Decoders per process; 0 decodes in the training process between steps."""
+    log_every: int = 20
+    """Updates between rows of metrics.jsonl."""
+    save_every: int = 500
+    """Updates between checkpoints."""
+    eval_every: int = 1000
+    """Updates between evaluations and pictures."""
+    resume: str = "auto"
+    """`auto` continues the run in `out` if there is one, `never` refuses to, a path names a checkpoint."""
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    evals: Evals = field(default_factory=Evals)
+    engine: Engine = field(default_factory=Engine)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as JSON-able nested dictionaries (tuples become lists when written)."""
+    return asdict(recipe)
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Rebuild a recipe from `to_dict` or from a recipe.json.
+
+    Raises:
+        ValueError: a field is unknown to this version, named with its group.
+    """
+    return cast(Recipe, _build(Recipe, values, ""))
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"recipe field(s) {', '.join(where + u for u in unknown)} are unknown to this version of hf_mae")
+    hints = get_type_hints(cls)
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if is_dataclass(hints[name]):
+            value = _build(cast(type[Any], hints[name]), value, f"{where}{name}.")
+        elif isinstance(value, list):
+            value = tuple(cast(list[Any], value))
+        built[name] = value
+    return cls(**built)
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Return `{"optim.base_lr": 1.5e-4, ...}`: one entry per field, groups joined by dots."""
+    out: dict[str, Any] = {}
+    for name, value in to_dict(recipe).items():
+        if isinstance(value, dict):
+            out |= {f"{name}.{inner}": v for inner, v in cast(dict[str, Any], value).items()}
+        else:
+            out[name] = value
+    return out

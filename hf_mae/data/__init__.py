@@ -1,0 +1,1 @@
+"""Room 2: where pixels come from, and in which order."""

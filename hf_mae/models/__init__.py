@@ -1,0 +1,1 @@
+"""Room 1: what is computed. No data, no training."""

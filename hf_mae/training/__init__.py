@@ -1,0 +1,1 @@
+"""Room 3: how a step is taken, saved and resumed."""

@@ -1,0 +1,36 @@
+"""What every test shares: where the real images lie, one thread, no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("HF_MAE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Sums depend on the number of threads; bitwise tests need it fixed."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real images beside the checkout; tests that need it are skipped without it."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"needs the real images of {SHARED.name}/data, which are not part of the package (set HF_MAE_SHARED)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Numbers of the official code on tiny fixed problems."""
+    return GOLDENS

@@ -1,0 +1,357 @@
+"""Checkpoints that are whole or absent: written aside, hashed, synced, renamed.
+
+    checkpoints/step_00001000/
+        model/                 a Hugging Face folder: config.json, model.safetensors
+        training_state/        optimizer.safetensors (NAME/exp_avg, ...), state.json, ema.safetensors
+        data_state/rank_*.json what only that rank knows: its part of the loss window, its random state
+        recipe.json            the recipe of the run
+        manifest.json          size and SHA-256 of every other file; written last
+    last                       name of the newest, for people
+
+One format for one process, DDP and FSDP2: whole tensors by parameter name, gathered to rank 0, without pickle. A
+folder without a manifest that fits is damaged: it is named and skipped, never read. Deleting renames first, since
+removing a tree is not atomic.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from hf_mae.training.distributed import agree, full, shard_like
+from hf_mae.training.optim import MovingAverage
+
+PREFIX = "model."
+"""A task holds its model under this name; checkpoints store the model's own names."""
+
+
+@dataclass
+class TrainState:
+    """All that a run knows besides weights, optimizer and data: the same on every rank."""
+
+    step: int = 0
+    """Optimizer updates done."""
+    examples_seen: int = 0
+    trivial_loss: float | None = None
+    """Loss of a prediction that ignores the input (for MAE: the mean patch), to judge the loss by."""
+    bad_samples: int = 0
+    """Samples that could not be decoded so far."""
+    scaler: dict[str, Any] | None = None
+    """State of the fp16 gradient scaler."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_checkpoint` could not put back by itself."""
+
+    state: TrainState
+    rank_states: list[dict[str, Any]]
+    """One per rank of the run that saved, in rank order."""
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    """What the order of the samples depends on, as saved."""
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    accelerator: Accelerator,
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: MovingAverage | None,
+    state: TrainState,
+    rank_state: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    data: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step_N` atomically, then prune to the newest `keep`. A collective: call it on all ranks.
+
+    Raises:
+        RuntimeError: the disk is full or cannot be written (on every rank); earlier checkpoints are untouched.
+    """
+    final, temporary = folder / f"step_{state.step:08d}", folder / f".tmp_step_{state.step:08d}"
+    inner = accelerator.unwrap_model(task)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = {k.removeprefix(PREFIX): v for k, v in get_model_state_dict(task, options=options).items()}
+    moments = get_optimizer_state_dict(task, optimizer, options=options)
+    shadow = {k: full(v).cpu() for k, v in average.state().items()} if average is not None else {}
+
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            remove(temporary)
+            if final.exists():  # a damaged folder of the same step: it was skipped at start
+                remove(final)
+            temporary.mkdir(parents=True)
+            sizes = (v.numel() * v.element_size() for v in [*weights.values(), *_flat_tensors(moments), *shadow.values()])
+            _require_room(folder, sum(sizes))
+            inner.write_model(temporary / "model", {k: v.contiguous() for k, v in weights.items()})
+            _write_training_state(temporary / "training_state", moments, shadow, state, data)
+            (temporary / "recipe.json").write_text(json.dumps(recipe, indent=2))
+        except (OSError, RuntimeError, SafetensorError) as caught:
+            error = _explain(caught, folder)
+    agree(error, accelerator, f"writing {final}")
+
+    error = None
+    try:
+        ranks = temporary / "data_state"
+        ranks.mkdir(exist_ok=True)
+        (ranks / f"rank_{accelerator.process_index}.json").write_text(json.dumps(rank_state))
+    except OSError as caught:
+        error = _explain(caught, folder)
+    agree(error, accelerator, f"writing {final}")
+
+    error = None
+    if accelerator.is_main_process:
+        try:
+            commit(temporary, final)
+            _write_atomic(folder.parent / "last", final.name + "\n")
+            for old in list_checkpoints(folder)[:-keep]:
+                remove(old)
+        except (OSError, RuntimeError) as caught:
+            error = _explain(caught, folder)
+    agree(error, accelerator, f"writing {final}")
+    return final
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Hash every file into manifest.json, sync files and folders, and rename `temporary` to `final`."""
+    files = sorted(p for p in temporary.rglob("*") if p.is_file())
+    entries = {p.relative_to(temporary).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
+    (temporary / "manifest.json").write_text(json.dumps(entries, indent=1))
+    for path in [*files, temporary / "manifest.json", *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+        _sync(path)
+    os.rename(temporary, final)
+    _sync(final.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder in two steps, so that a kill in between leaves nothing that looks whole."""
+    if folder.exists():
+        trash = folder.with_name(f".trash_{folder.name}_{os.getpid()}")
+        os.rename(folder, trash)
+        shutil.rmtree(trash)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed run left behind: half-written and half-deleted checkpoints."""
+    for leftover in [*folder.glob(".tmp_*"), *folder.glob(".trash_*")]:
+        shutil.rmtree(leftover)
+
+
+def _write_training_state(
+    folder: Path, moments: Mapping[str, Any], shadow: Mapping[str, Tensor], state: TrainState, data: Mapping[str, Any]
+) -> None:
+    folder.mkdir()
+    tensors, scalars = {}, {}
+    for name, values in moments["state"].items():
+        for key, value in values.items():
+            kind = f"{name.removeprefix(PREFIX)}/{key}"
+            if isinstance(value, Tensor):
+                tensors[kind] = value.contiguous()
+            else:
+                scalars[kind] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    if shadow:
+        save_file({k: v.contiguous() for k, v in shadow.items()}, folder / "ema.safetensors")
+    groups = [g | {"params": [n.removeprefix(PREFIX) for n in g["params"]]} for g in moments["param_groups"]]
+    values = {"state": asdict(state), "data": data, "param_groups": groups, "optimizer_scalars": scalars}
+    (folder / "state.json").write_text(json.dumps(values, indent=1))
+
+
+def _flat_tensors(moments: Mapping[str, Any]) -> list[Tensor]:
+    return [v for values in moments["state"].values() for v in values.values() if isinstance(v, Tensor)]
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free")
+
+
+def _explain(error: Exception, folder: Path) -> RuntimeError:
+    """Say what a failed write means: torch and safetensors hide a full disk behind messages of their own."""
+    whole = list_checkpoints(folder)
+    previous = f"the newest whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
+    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    return RuntimeError(
+        f"no checkpoint could be written under {folder}: {error} ({free / 1e6:.1f} MB free there); {previous}. "
+        "Free some space or lower --engine.keep-checkpoints, then run the same command again to continue"
+    )
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the committed checkpoint folders, oldest first, without checking what is in them."""
+    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint folder, or None if every file is what its manifest says."""
+    try:
+        entries = json.loads((checkpoint / "manifest.json").read_text())
+        for name, (size, digest) in entries.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            if _sha256(path) != digest:
+                return f"{name} does not match its SHA-256"
+    except (OSError, ValueError) as error:
+        return f"manifest.json cannot be used ({error})"
+    return None
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint, and one line about each newer, damaged one."""
+    skipped = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if (wrong := damage(checkpoint)) is None:
+            return checkpoint, skipped
+        skipped.append(f"skipping damaged checkpoint {checkpoint}: {wrong}")
+    return None, skipped
+
+
+def read_recipe(checkpoint: Path) -> dict[str, Any]:
+    """Return the recipe a checkpoint was written with."""
+    return json.loads((checkpoint / "recipe.json").read_text())
+
+
+def load_checkpoint(
+    checkpoint: Path, *, task: nn.Module, optimizer: torch.optim.Optimizer, average: MovingAverage | None
+) -> Loaded:
+    """Put weights, optimizer state and moving average back, in place, under any kind of parallelism.
+
+    A collective under FSDP2: call it on all ranks, each of which reads the files.
+
+    Raises:
+        ValueError: names or shapes are not those of this model.
+    """
+    weights = load_file(checkpoint / "model" / "model.safetensors")
+    options = StateDictOptions(full_state_dict=True)
+    own = get_model_state_dict(task)
+    expected = {k.removeprefix(PREFIX): v.shape for k, v in own.items()}
+    found = {k: v.shape for k, v in weights.items()}
+    if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
+        listed = ", ".join(f"{k} (saved {_shape(found, k)}, model {_shape(expected, k)})" for k in wrong[:4])
+        raise ValueError(f"checkpoint {checkpoint} is of another architecture: {listed}; {len(wrong)} tensors differ in all")
+    set_model_state_dict(task, {PREFIX + k: v for k, v in weights.items()}, options=options)
+
+    saved = json.loads((checkpoint / "training_state" / "state.json").read_text())
+    moments: dict[str, dict[str, Any]] = {}
+    tensors = load_file(checkpoint / "training_state" / "optimizer.safetensors")
+    for key, value in [*tensors.items(), *saved["optimizer_scalars"].items()]:
+        name, kind = key.rsplit("/", 1)
+        moments.setdefault(PREFIX + name, {})[kind] = value
+    for group in saved["param_groups"]:
+        group["betas"] = tuple(group["betas"])
+        group["params"] = [PREFIX + name for name in group["params"]]
+    if moments:
+        set_optimizer_state_dict(
+            task, optimizer, {"state": moments, "param_groups": saved["param_groups"]}, options=options
+        )
+    if average is not None:
+        shadow = load_file(checkpoint / "training_state" / "ema.safetensors")
+        for name, own_shadow in average.state().items():
+            own_shadow.copy_(shard_like(shadow[name].to(own_shadow.device), own_shadow))
+    ranks = sorted((checkpoint / "data_state").glob("rank_*.json"), key=lambda p: int(p.stem.split("_")[1]))
+    return Loaded(
+        state=TrainState(**saved["state"]),
+        rank_states=[json.loads(p.read_text()) for p in ranks],
+        recipe=read_recipe(checkpoint),
+        data=saved["data"],
+    )
+
+
+def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
+    return "x".join(map(str, shapes[name])) if name in shapes else "absent"
+
+
+# ------------------------------------------------------------------------------------------------ one run per folder
+
+
+class RunLock:
+    """An advisory lock on a run folder; the kernel drops it when the process dies, however it dies."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / ".lock"
+        self.file = self.path.open("a+")
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            RuntimeError: another process on this host holds it.
+        """
+        with suppress(ImportError):  # no fcntl on Windows
+            import fcntl
+
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.file.seek(0)
+                raise RuntimeError(
+                    f"{self.path.parent} is in use by process {self.file.read().strip() or '?'}; wait for it, stop it, or "
+                    "choose another --out"
+                ) from None
+            except OSError:  # some network file systems have no locks
+                return
+        self.file.seek(0)
+        self.file.truncate()
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self.file.close()

@@ -1,0 +1,248 @@
+"""What a run says while it goes: metrics.jsonl (always), a progress bar, a tracker, and a plain verdict.
+
+Only the main process writes. Rows are JSON objects with `step`; rows of a killed run that lie past its last checkpoint
+are cut at resume, so that times and rates aside the file equals that of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_mae.training.distributed import reduce_sum
+
+TIMES = frozenset({"images_per_second", "seconds_waiting_for_data", "waiting_share", "seconds"})
+"""Columns of metrics.jsonl that depend on the clock."""
+
+
+class Window:
+    """Sums of the losses since the last logged row, kept on the device: no step waits for a number.
+
+    Also remembers the first update whose loss was not finite.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, losses: Mapping[str, Tensor], step: int) -> None:
+        """Add one micro-batch of update `step` (0-based)."""
+        for name, value in losses.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        bad = ~torch.isfinite(losses["loss"].detach()) & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, step, self.first_bad)
+
+    def state(self) -> dict[str, Any]:
+        """Return what this rank has summed up, exactly (a float32 survives JSON)."""
+        return {"sums": {k: v.item() for k, v in self.sums.items()}, "count": self.count}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up the sums of `state()`."""
+        self.sums = {k: torch.tensor(v, dtype=torch.float32, device=self.device) for k, v in state["sums"].items()}
+        self.count = state["count"]
+
+    def non_finite_step(self, accelerator: Accelerator) -> int | None:
+        """Return the first update with a non-finite loss on any rank. A collective, and a device sync."""
+        far = torch.iinfo(torch.int64).max
+        first = torch.where(self.first_bad < 0, far, self.first_bad)
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
+        return None if first.item() == far else int(first.item())
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the means over all ranks and micro-batches, and start over. A collective."""
+        names = sorted(self.sums)
+        packed = torch.stack([*(self.sums[n] for n in names), torch.tensor(float(self.count), device=self.device)])
+        *sums, count = reduce_sum(packed, accelerator).tolist()
+        self.sums, self.count = {}, 0
+        return {name: value / count for name, value in zip(names, sums, strict=True)}
+
+
+class Monitor:
+    """Writes metrics.jsonl, draws the progress bar and feeds an optional tracker.
+
+    Args:
+        folder: the run folder.
+        step: where the run starts; rows beyond it are cut from metrics.jsonl and bad_samples.jsonl.
+        total_steps: updates of the whole run.
+        track: `none`, `tensorboard` or `trackio`.
+        is_main: other processes get a silent monitor.
+        name: the run's name for the tracker.
+    """
+
+    def __init__(self, folder: Path, *, step: int, total_steps: int, track: str, is_main: bool, name: str):
+        self.is_main, self.folder, self.total_steps = is_main, folder, total_steps
+        self.trivial_loss: float | None = None
+        self.tracker: Any = None
+        self.last: dict[str, Any] = {}
+        self.warned = False
+        if not is_main:
+            return
+        cut_rows(folder / "metrics.jsonl", lambda row: row["step"] <= step)
+        cut_rows(folder / "bad_samples.jsonl", lambda row: row["batch"] < step)
+        self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self.bar = tqdm(
+            total=total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1.0, disable=None, smoothing=0.1
+        )
+        self.tracker = open_tracker(track, folder, name, step)
+
+    def tick(self) -> None:
+        """Count one update on the progress bar."""
+        if self.is_main:
+            self.bar.update()
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl and pass its numbers on to the tracker."""
+        if not self.is_main:
+            return
+        self.file.write(json.dumps(dict(row)) + "\n")
+        if self.tracker is not None:
+            self.tracker({k: v for k, v in row.items() if isinstance(v, int | float)}, row["step"])
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write a training row, refresh the bar, and warn once if nothing is being learned."""
+        self.write(row)
+        self.last = row
+        if not self.is_main:
+            return
+        self.bar.set_postfix_str(
+            f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['images_per_second']:.0f} images/s, "
+            f"{row['waiting_share']:.0%} waiting for data",
+            refresh=False,
+        )
+        if self.bar.disable:
+            self.say(f"step {row['step']}/{self.total_steps}: {self.bar.postfix}")
+        if not self.warned and row["step"] >= self.total_steps / 5 and (text := self.verdict()).startswith("not"):
+            self.warned = True
+            self.say(text)
+
+    def evaluated(self, row: dict[str, Any]) -> None:
+        """Write an evaluation row and show it."""
+        self.write(row)
+        numbers = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in {"step", "epoch", "examples_seen", *TIMES})
+        if numbers:
+            self.say(f"step {row['step']}: {numbers}")
+
+    def bad(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Append samples that could not be decoded to bad_samples.jsonl."""
+        if self.is_main and (rows := list(samples)):
+            with (self.folder / "bad_samples.jsonl").open("a") as file:
+                file.writelines(json.dumps(dict(row)) + "\n" for row in rows)
+
+    def verdict(self) -> str:
+        """Say whether the last logged loss is below that of a prediction that ignores the input."""
+        if not self.last or self.trivial_loss is None:
+            return "no verdict: nothing was logged"
+        loss, trivial, step = self.last["loss"], self.trivial_loss, self.last["step"]
+        if loss < 0.98 * trivial:
+            return f"learning: loss {loss:.4f} at step {step} is {1 - loss / trivial:.0%} below the mean-patch baseline {trivial:.4f}"
+        return (
+            f"not learning: loss {loss:.4f} at step {step} is not clearly below {trivial:.4f}, the loss of predicting the mean "
+            "patch everywhere. Look at the pictures; train longer, or try --optim.base-lr three times higher or lower"
+        )
+
+    def sync(self) -> None:
+        """Make the rows written so far survive a power cut."""
+        if self.is_main:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Close files and bar."""
+        if self.is_main:
+            self.bar.close()
+            self.file.close()
+            if self.tracker is not None:
+                self.tracker(None, None)
+
+
+def cut_rows(path: Path, keep: Any) -> None:
+    """Rewrite a .jsonl file atomically with the rows that `keep` accepts; a torn last line is dropped."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if keep(row):
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def open_tracker(track: str, folder: Path, name: str, step: int) -> Any:
+    """Return a function (numbers, step) that feeds a tracker, closed by (None, None); None for `none`.
+
+    Raises:
+        ValueError: the tracker is not installed.
+    """
+    if track == "none":
+        return None
+    try:
+        if track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(folder / "events", purge_step=step + 1 if step else None)
+
+            def to_tensorboard(numbers: Mapping[str, float] | None, at: int | None) -> None:
+                if numbers is None:
+                    writer.close()
+                    return
+                for key, value in numbers.items():
+                    if key != "step":
+                        writer.add_scalar(key, value, at)
+
+            return to_tensorboard
+        import trackio
+    except ImportError as error:
+        raise ValueError(f"engine.track={track} is not installed ({error}); run: pip install 'hf_mae[track]'") from error
+    os.environ.setdefault("TRACKIO_DIR", str(folder / "events"))
+    trackio.init(project="hf_mae", name=name, resume="allow")
+
+    def to_trackio(numbers: Mapping[str, float] | None, at: int | None) -> None:
+        if numbers is None:
+            trackio.finish()
+        else:
+            trackio.log({k: v for k, v in numbers.items() if k != "step"}, step=at)
+
+    return to_trackio
+
+
+class Clock:
+    """Seconds since it was started or last read."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap, and start the next."""
+        now = time.perf_counter()
+        passed, self.start = now - self.start, now
+        return passed
+
+    def skip(self, seconds: float) -> None:
+        """Leave `seconds` out of the running lap."""
+        self.start += seconds

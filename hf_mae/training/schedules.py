@@ -1,0 +1,75 @@
+"""Learning rate and length of a run, as pure functions: nothing to save, nothing to drift.
+
+Source: He et al. 2022, appendix A.1 (linear warm-up, half-cycle cosine, lr = base_lr * batch / 256). The value is a
+function of the fractional epoch, set once per optimizer update, as in the official code.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hf_mae.recipes.base import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The length of a run in optimizer updates, and its learning rate at each of them."""
+
+    total_steps: int
+    steps_per_epoch: float
+    warmup_steps: float
+    lr: float
+    """Peak learning rate per update: base_lr * global_batch / 256."""
+    min_lr: float
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of update `step` (0-based).
+
+        The first update has lr exactly 0 when there is a warm-up, and the last one stays above `min_lr`: both as in
+        the official schedule.
+        """
+        if step < self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def make_plan(recipe: Recipe, *, steps_per_epoch: float) -> Plan:
+    """Turn epochs into optimizer updates: the only place where that happens.
+
+    Args:
+        recipe: `max_steps`, if given, replaces `epochs`; the warm-up then keeps its share of the run.
+        steps_per_epoch: rows / global_batch when the remainder carries over, whole batches when it is dropped.
+
+    Raises:
+        ValueError: the run has no step, or the warm-up is not shorter than the run.
+    """
+    warmup, epochs = recipe.schedule.warmup_epochs, recipe.epochs
+    if epochs <= 0:
+        raise ValueError(f"epochs={epochs} must be above 0")
+    if not 0 <= warmup < epochs:
+        raise ValueError(
+            f"schedule.warmup_epochs={warmup} must be at least 0 and below epochs={epochs}; lower --schedule.warmup-epochs"
+        )
+    # Whole global batches only: what is left of the last epoch is fewer images than one update takes.
+    total = recipe.max_steps if recipe.max_steps is not None else math.floor(epochs * steps_per_epoch + 1e-9)
+    if total < 1:
+        raise ValueError(
+            f"epochs={epochs} of {steps_per_epoch:g} updates each make no update; raise --epochs or lower "
+            f"--global-batch={recipe.global_batch}"
+        )
+    # Without max_steps the fractional epoch counts, so that a dropped remainder does not bend the schedule.
+    warmup_steps = warmup * steps_per_epoch if recipe.max_steps is None else total * warmup / epochs
+    return Plan(
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=min(warmup_steps, total - 1e-6),
+        lr=recipe.optim.base_lr * recipe.global_batch / 256,
+        min_lr=recipe.schedule.min_lr,
+    )
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Return whether something done `every` updates is due after update number `step` (1-based), or at the end."""
+    return step == total or (every > 0 and step % every == 0)

@@ -1,0 +1,74 @@
+"""Objectives. A Task holds a model and turns a batch into losses; the loop knows nothing else about it.
+
+Accelerate prepares the task, so all training goes through `forward` and the hooks of DDP and FSDP2 run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class Task(Protocol):
+    """What the loop needs of an objective (an `nn.Module` with these on it)."""
+
+    model: nn.Module
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return scalar tensors: `loss`, the mean over the batch, and whatever else should be logged."""
+        ...
+
+    def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write a loadable model folder from the whole, gathered weights."""
+        ...
+
+
+class Pretraining(nn.Module):
+    """Masked-autoencoder pretraining on uint8 images.
+
+    Args:
+        model: an `MAEForPreTraining`.
+        mean: per-channel mean of the input scaled to [0, 1].
+        std: per-channel standard deviation of the same.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: PreTrainedModel, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.model = model
+        channels = model.config.num_channels
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"augment.{name}={tuple(values)} has {len(values)} values but model.num_channels={channels}; "
+                    "give one per channel"
+                )
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def normalize(self, pixel_values: Tensor) -> Tensor:
+        """uint8 [N, C, H, W] in 0..255 -> float32, scaled to [0, 1], then minus mean over std."""
+        return (pixel_values.float() / 255 - self.mean) / self.std
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Reconstruct the masked patches of `pixel_values` (uint8 [N, C, H, W]) under the mask of `noise` ([N, L])."""
+        return {"loss": self.model(self.normalize(batch["pixel_values"]), noise=batch["noise"]).loss}
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """uint8 [N, C, H, W] -> [N, D]: mean of the encoder's patch tokens, nothing masked."""
+        return self.model.forward_features(self.normalize(pixel_values))  # type: ignore[operator]
+
+    def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write a folder that `MAEForPreTraining.from_pretrained` loads: config.json and model.safetensors."""
+        folder.mkdir(parents=True)
+        self.model.config.architectures = [type(self.model).__name__]  # type: ignore[union-attr]
+        self.model.config.save_pretrained(folder)  # type: ignore[union-attr]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,85 @@
+"""The parts of the encoder and the decoder: patch embedding, attention, MLP, block. Names are the official ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_mae.models.configuration_mae import MAEConfig, height_width
+
+
+class PatchEmbed(nn.Module):
+    """Embed patches with the weights of a convolution, so that official weights fit."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__()
+        patch_size = height_width(config.patch_size)
+        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map [N, L, h * w * C] in the order of `patchify` to [N, L, D]."""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # channel last, as in a patch
+        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
+
+
+def eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute attention step by step, and return its weights too; the signature is that of transformers' interface."""
+    weights = (query * scaling @ key.transpose(-2, -1)).softmax(dim=-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with fused queries, keys and values."""
+
+    is_causal = False  # read by transformers' attention functions
+
+    def __init__(self, config: MAEConfig, width: int, num_heads: int):
+        super().__init__()
+        self.config = config  # shared with the model, so set_attn_implementation reaches every block
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map [N, L, D] to [N, L, D], and the weights [N, heads, L, L] where the implementation has them."""
+        N, L, D = tokens.shape
+        query, key, value = self.qkv(tokens).view(N, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
+        out, weights = attend(self, query, key, value, attention_mask=None, scaling=(D // self.num_heads) ** -0.5)
+        return self.proj(out.reshape(N, L, D)), weights
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map [N, L, D] to [N, L, D]."""
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm transformer block; the unit of checkpointing, compilation and sharding."""
+
+    def __init__(self, config: MAEConfig, width: int, num_heads: int, mlp_width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attn = Attention(config, width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = Mlp(width, mlp_width)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map [N, L, D] to [N, L, D], and pass the attention weights on."""
+        attended, weights = self.attn(self.norm1(tokens))
+        tokens = tokens + attended
+        return tokens + self.mlp(self.norm2(tokens)), weights

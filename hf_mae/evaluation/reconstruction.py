@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from hf_mae.models.modeling_mae import MAEForPreTraining
-from hf_mae.models.targets import patchify, unpatchify
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD
 
 GREY = 128
@@ -46,6 +46,7 @@ def reconstruct(
     noise: Tensor | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    forward: Callable[..., Any] | None = None,
 ) -> Reconstruction:
     """Mask images, predict them, and return the four pictures of each.
 
@@ -55,6 +56,7 @@ def reconstruct(
         noise: [N, L], the smallest are kept; None draws it from torch's random state.
         mean: per channel, of the input scaled to [0, 1]; one value for grey images.
         std: per channel, likewise.
+        forward: how to call the model, where not directly (FSDP2 needs its own way in).
 
     Returns:
         The pictures. A model trained with `norm_pix_loss` predicts each patch up to its own mean and deviation: the
@@ -66,23 +68,23 @@ def reconstruct(
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images is {images.dtype} {tuple(images.shape)}; give uint8 of shape [N, C, H, W]")
     config, device = model.config, next(model.parameters()).device
-    channels = images.shape[1]
+    channels, grid = images.shape[1], model.grid_of(images)
     shift, spread = (torch.tensor(v[:channels], device=device).view(1, -1, 1, 1) for v in (mean, std))
     pixels = (images.to(device).float() / 255 - shift) / spread
     was_training = model.training
     model.eval()
-    out = model(pixels, noise=noise)
+    out = (forward or model)(pixels, noise=noise)
     model.train(was_training)
-    patches, pred = patchify(pixels, config.patch_size), out.pred.float()  # [N, L, p*p*C]
+    patches, pred = model.patchify(pixels), out.pred.float()  # [N, L, p*p*C]
     if config.norm_pix_loss:
         pred = pred * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
     mask = out.mask.unsqueeze(-1)  # [N, L, 1], 1 = removed
 
     def to_image(tokens: Tensor) -> Tensor:
-        whole = unpatchify(tokens, config.patch_size, (pixels.shape[2], pixels.shape[3]))
+        whole = model.unpatchify(tokens, grid)
         return ((whole * spread + shift) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
 
-    hidden = unpatchify(mask.expand_as(patches), config.patch_size, (pixels.shape[2], pixels.shape[3])).bool().cpu()
+    hidden = model.unpatchify(mask.expand_as(patches), grid).bool().cpu()
     return Reconstruction(
         original=images.cpu(),
         masked=torch.where(hidden, torch.tensor(GREY, dtype=torch.uint8), images.cpu()),
@@ -159,9 +161,9 @@ class Pictures:
 
     def __call__(self, task: nn.Module, step: int) -> dict[str, float]:
         """Draw. Every rank computes (sharded weights need all of them); the main process writes."""
-        model = self.accelerator.unwrap_model(task).model
+        inner = self.accelerator.unwrap_model(task)
         noise = self.noise.to(self.accelerator.device)
-        grid = reconstruct(model, self.images, noise=noise, mean=self.mean, std=self.std)
+        grid = reconstruct(inner.model, self.images, noise=noise, mean=self.mean, std=self.std, forward=inner.predict)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             grid.grid(self.folder / f"step_{step:08d}.png")

@@ -109,7 +109,7 @@ class Augment:
     """From a decoded image to `image_size`."""
 
     crop: Literal["random-resized", "fixed", "center"] = "random-resized"
-    """Random resized crop; random crop after resizing the short side (paper, Table 1e "crop, fixed size"); or centre."""
+    """Random resized crop; random crop after resizing the short side (paper, Table 1e "fixed size"); or centre."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Area fraction of a random resized crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -248,7 +248,9 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
 def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
     known = {f.name for f in fields(cls)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"recipe field(s) {', '.join(where + u for u in unknown)} are unknown to this version of hf_mae")
+        raise ValueError(
+            f"recipe field(s) {', '.join(where + u for u in unknown)} are unknown to this version of hf_mae"
+        )
     hints = get_type_hints(cls)
     built: dict[str, Any] = {}
     for name, value in values.items():
@@ -269,3 +271,29 @@ def flat(recipe: Recipe) -> dict[str, Any]:
         else:
             out[name] = value
     return out
+
+
+HARMLESS = frozenset(
+    {
+        "name",
+        "source",
+        "expected",
+        "out",
+        "resume",
+        "num_workers",
+        "micro_batch",
+        "log_every",
+        "save_every",
+        "eval_every",
+    }
+    | {"data.path", "data.streaming", "data.workers", "data.max_bad_fraction", "data.revision"}
+    | {f"evals.{f.name}" for f in fields(Evals)}
+    | {f"engine.{f.name}" for f in fields(Engine) if f.name != "precision"}
+)
+"""Fields that may change when a run is resumed. The data may move: what it holds is checked by its fingerprint."""
+
+
+def changed_fields(saved: Recipe, current: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return `{field: (saved, current)}` of the fields that differ and decide what is learned."""
+    before, now = flat(saved), flat(current)
+    return {k: (before[k], now[k]) for k in now if before[k] != now[k] and k not in HARMLESS}

@@ -111,7 +111,9 @@ def _paper(size: str, epochs: int) -> Recipe:
         epochs=float(epochs),
         model=model,
         expected="; ".join(lines) or "not published",
-        source=_PAPER.source if size in {"b", "l", "h"} else f"{_PAPER.source}; size from DeiT, decoder 256 wide is ours",
+        source=_PAPER.source
+        if size in {"b", "l", "h"}
+        else f"{_PAPER.source}; size from DeiT, decoder 256 wide is ours",
     )
 
 

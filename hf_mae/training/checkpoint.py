@@ -108,7 +108,9 @@ def save_checkpoint(
             if final.exists():  # a damaged folder of the same step: it was skipped at start
                 remove(final)
             temporary.mkdir(parents=True)
-            sizes = (v.numel() * v.element_size() for v in [*weights.values(), *_flat_tensors(moments), *shadow.values()])
+            sizes = (
+                v.numel() * v.element_size() for v in [*weights.values(), *_flat_tensors(moments), *shadow.values()]
+            )
             _require_room(folder, sum(sizes))
             inner.write_model(temporary / "model", {k: v.contiguous() for k, v in weights.items()})
             _write_training_state(temporary / "training_state", moments, shadow, state, data)
@@ -285,7 +287,9 @@ def load_checkpoint(
     found = {k: v.shape for k, v in weights.items()}
     if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
         listed = ", ".join(f"{k} (saved {_shape(found, k)}, model {_shape(expected, k)})" for k in wrong[:4])
-        raise ValueError(f"checkpoint {checkpoint} is of another architecture: {listed}; {len(wrong)} tensors differ in all")
+        raise ValueError(
+            f"checkpoint {checkpoint} is of another architecture: {listed}; {len(wrong)} tensors differ in all"
+        )
     set_model_state_dict(task, {PREFIX + k: v for k, v in weights.items()}, options=options)
 
     saved = json.loads((checkpoint / "training_state" / "state.json").read_text())
@@ -342,8 +346,8 @@ class RunLock:
             except BlockingIOError:
                 self.file.seek(0)
                 raise RuntimeError(
-                    f"{self.path.parent} is in use by process {self.file.read().strip() or '?'}; wait for it, stop it, or "
-                    "choose another --out"
+                    f"{self.path.parent} is in use by process {self.file.read().strip() or '?'}; wait for it, "
+                    "stop it, or choose another --out"
                 ) from None
             except OSError:  # some network file systems have no locks
                 return

@@ -45,13 +45,15 @@ def make_accelerator(engine: Engine) -> Accelerator:
     launched, used = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     if launched != used:
         raise RuntimeError(
-            f"the launcher started WORLD_SIZE={launched} process(es) but Accelerate uses {used}; they would overwrite each "
-            "other. Without a GPU set ACCELERATE_USE_CPU=true, or use: torchrun --nproc_per_node N scripts/pretrain.py"
+            f"the launcher started WORLD_SIZE={launched} process(es) but Accelerate uses {used}; they would "
+            "overwrite each other. Without a GPU set ACCELERATE_USE_CPU=true, or use: "
+            "torchrun --nproc_per_node N scripts/pretrain.py"
         )
     if engine.expect_processes is not None and engine.expect_processes != used:
         raise RuntimeError(
-            f"engine.expect_processes={engine.expect_processes} but {used} process(es) started. `accelerate launch --cpu "
-            "--num_processes N` and a launch without GPUs start one process: use torchrun --standalone --nproc_per_node N"
+            f"engine.expect_processes={engine.expect_processes} but {used} process(es) started. `accelerate "
+            "launch --cpu --num_processes N` and a launch without GPUs start one process: use "
+            "torchrun --standalone --nproc_per_node N"
         )
     return accelerator
 

@@ -159,7 +159,8 @@ def fit(
         if log_now:
             seconds, waited_now = clock.lap(), batches.seconds_waiting
             row = _position(state, plan) | window.means(accelerator)
-            row |= {"lr": lr, "grad_norm": float(full(grad_norm)), "bad_samples": state.bad_samples}  # type: ignore[arg-type]
+            assert grad_norm is not None
+            row |= {"lr": lr, "grad_norm": float(full(grad_norm)), "bad_samples": state.bad_samples}
             row["images_per_second"] = round(steps_since_log * recipe.global_batch / seconds, 2)
             row["seconds_waiting_for_data"] = round(waited_now - waited, 4)
             row["waiting_share"] = round((waited_now - waited) / seconds, 4)
@@ -199,7 +200,7 @@ def _refuse_non_finite(window: Window, accelerator: Accelerator, recipe: Recipe,
     first, last = step * recipe.global_batch, (step + 1) * recipe.global_batch - 1
     whole: Iterable[Path] = list_checkpoints(monitor.folder / "checkpoints")[-1:]
     raise FloatingPointError(
-        f"the loss of update {step + 1} (samples {first} to {last} of the stream) is not finite; nothing was saved after it. "
-        f"Last good checkpoint: {next(iter(whole), 'none')}. Continue from it with a lower --optim.base-lr, with "
-        "--optim.clip-grad 1.0, or with --engine.precision bf16 or no"
+        f"the loss of update {step + 1} (samples {first} to {last} of the stream) is not finite; nothing was saved "
+        f"after it. Last good checkpoint: {next(iter(whole), 'none')}. Continue from it with a lower "
+        "--optim.base-lr, with --optim.clip-grad 1.0, or with --engine.precision bf16 or no"
     )

@@ -97,7 +97,13 @@ class Monitor:
         cut_rows(folder / "bad_samples.jsonl", lambda row: row["batch"] < step)
         self.file = (folder / "metrics.jsonl").open("a", buffering=1)
         self.bar = tqdm(
-            total=total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1.0, disable=None, smoothing=0.1
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+            disable=None,
+            smoothing=0.1,
         )
         self.tracker = open_tracker(track, folder, name, step)
 
@@ -139,7 +145,9 @@ class Monitor:
     def evaluated(self, row: dict[str, Any]) -> None:
         """Write an evaluation row and show it."""
         self.write(row)
-        numbers = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in {"step", "epoch", "examples_seen", *TIMES})
+        numbers = ", ".join(
+            f"{k} {v:.4g}" for k, v in row.items() if k not in {"step", "epoch", "examples_seen", *TIMES}
+        )
         if numbers:
             self.say(f"step {row['step']}: {numbers}")
 
@@ -155,10 +163,14 @@ class Monitor:
             return "no verdict: nothing was logged"
         loss, trivial, step = self.last["loss"], self.trivial_loss, self.last["step"]
         if loss < 0.98 * trivial:
-            return f"learning: loss {loss:.4f} at step {step} is {1 - loss / trivial:.0%} below the mean-patch baseline {trivial:.4f}"
+            share = 1 - loss / trivial
+            return (
+                f"learning: loss {loss:.4f} at step {step} is {share:.0%} below the mean-patch baseline {trivial:.4f}"
+            )
         return (
-            f"not learning: loss {loss:.4f} at step {step} is not clearly below {trivial:.4f}, the loss of predicting the mean "
-            "patch everywhere. Look at the pictures; train longer, or try --optim.base-lr three times higher or lower"
+            f"not learning: loss {loss:.4f} at step {step} is not clearly below {trivial:.4f}, the loss of "
+            "predicting the mean patch everywhere. Look at the pictures; train longer, or "
+            "try --optim.base-lr three times higher or lower"
         )
 
     def sync(self) -> None:
@@ -218,7 +230,9 @@ def open_tracker(track: str, folder: Path, name: str, step: int) -> Any:
             return to_tensorboard
         import trackio
     except ImportError as error:
-        raise ValueError(f"engine.track={track} is not installed ({error}); run: pip install 'hf_mae[track]'") from error
+        raise ValueError(
+            f"engine.track={track} is not installed ({error}); run: pip install 'hf_mae[track]'"
+        ) from error
     os.environ.setdefault("TRACKIO_DIR", str(folder / "events"))
     trackio.init(project="hf_mae", name=name, resume="allow")
 

@@ -50,7 +50,8 @@ def make_plan(recipe: Recipe, *, steps_per_epoch: float) -> Plan:
         raise ValueError(f"epochs={epochs} must be above 0")
     if not 0 <= warmup < epochs:
         raise ValueError(
-            f"schedule.warmup_epochs={warmup} must be at least 0 and below epochs={epochs}; lower --schedule.warmup-epochs"
+            f"schedule.warmup_epochs={warmup} must be at least 0 and below epochs={epochs}; lower "
+            "--schedule.warmup-epochs"
         )
     # Whole global batches only: what is left of the last epoch is fewer images than one update takes.
     total = recipe.max_steps if recipe.max_steps is not None else math.floor(epochs * steps_per_epoch + 1e-9)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+from hf_mae.models.modeling_mae import MAEForPreTraining
+from hf_mae.models.targets import make_target
 
 
 class Task(Protocol):
@@ -41,7 +43,7 @@ class Pretraining(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: PreTrainedModel, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, model: MAEForPreTraining, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.model = model
         channels = model.config.num_channels
@@ -64,11 +66,25 @@ class Pretraining(nn.Module):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """uint8 [N, C, H, W] -> [N, D]: mean of the encoder's patch tokens, nothing masked."""
-        return self.model.forward_features(self.normalize(pixel_values))  # type: ignore[operator]
+        return self.model.forward_features(self.normalize(pixel_values))
+
+    @torch.no_grad()
+    def trivial_loss(self, pixel_values: Tensor) -> float:
+        """Return the loss of predicting the mean target patch of these images everywhere: the mean-patch baseline.
+
+        A model whose loss is not below this has learned nothing about the image at hand.
+        """
+        patches = self.model.patchify(self.normalize(pixel_values))
+        target = make_target(self.model.config, patches).flatten(0, 1)  # [N*L, p*p*C]
+        return float((target - target.mean(0)).square().mean())
+
+    def predict(self, pixel_values: Tensor, noise: Tensor) -> Any:
+        """Normalised float [N, C, H, W] and noise [N, L] -> the model's whole output, with `pred`."""
+        return self.model(pixel_values, noise=noise)
 
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write a folder that `MAEForPreTraining.from_pretrained` loads: config.json and model.safetensors."""
         folder.mkdir(parents=True)
-        self.model.config.architectures = [type(self.model).__name__]  # type: ignore[union-attr]
-        self.model.config.save_pretrained(folder)  # type: ignore[union-attr]
+        self.model.config.architectures = [MAEForPreTraining.__name__]  # FSDP2 renames the class of what it wraps
+        self.model.config.save_pretrained(folder)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

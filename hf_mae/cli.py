@@ -1,0 +1,137 @@
+"""The command line: `hf-mae COMMAND PRESET --group.field value`.
+
+The only importer of tyro. A preset is a complete recipe; flags override single fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tyro
+
+import hf_mae
+from hf_mae.recipes.base import Recipe
+from hf_mae.recipes.mae import PRESETS
+
+USAGE = f"""hf-mae {hf_mae.__version__}: masked autoencoders for the Hugging Face ecosystem
+
+  hf-mae pretrain [PRESET] [--group.field value ...]   pretrain, or continue the run in --out (default: quickstart)
+  hf-mae pretrain --list                               every preset, with its source and what to expect
+  hf-mae pretrain PRESET --help                        every field of a recipe, with the preset's values
+  hf-mae reconstruct MODEL IMAGE ... [--out FILE]      masked / predicted / pasted pictures of your images
+
+On several GPUs: accelerate launch --multi_gpu --num_processes N scripts/pretrain.py PRESET ...
+On several CPU processes: torchrun --standalone --nproc_per_node N scripts/pretrain.py PRESET ...
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exit 2 with one plain sentence if the user can mend it."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments else "--help"
+    commands = {"pretrain": _pretrain, "reconstruct": _reconstruct}
+    if command in {"-h", "--help"}:
+        sys.stdout.write(USAGE)
+        return
+    if command == "--version":
+        sys.stdout.write(f"{hf_mae.__version__}\n")
+        return
+    try:
+        if command not in commands:
+            raise ValueError(f"command {command!r} is unknown; {_nearest(command, commands)}")
+        commands[command](arguments)
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+        if not _ours(error) or os.environ.get("HF_MAE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"hf-mae: error: {error}\n")
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+
+
+def parse_recipe(presets: Mapping[str, Recipe], arguments: Sequence[str], *, default: str) -> Recipe:
+    """Return the preset named first in `arguments` (or `default`) with the flags after it applied.
+
+    Raises:
+        ValueError: no preset has that name; the nearest ones are listed.
+    """
+    name, flags = default, list(arguments)
+    if flags and not flags[0].startswith("-"):
+        name = flags.pop(0)
+    if name not in presets:
+        raise ValueError(f"preset {name!r} is unknown; {_nearest(name, presets)} (--list prints all)")
+    preset = presets[name]
+    return tyro.cli(
+        Recipe,
+        prog=f"hf-mae pretrain {name}",
+        description=f"Source: {preset.source}. Expected: {preset.expected}.",
+        default=preset,
+        args=flags,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _pretrain(arguments: Sequence[str]) -> None:
+    if "--list" in arguments:
+        sys.stdout.write(list_presets(PRESETS))
+        return
+    recipe = parse_recipe(PRESETS, arguments, default="quickstart")
+    if not recipe.data.path:
+        raise ValueError(
+            "data.path is empty; name a folder, Parquet or tar files, or a Hub id: --data.path DIR_OR_HUB_ID"
+        )
+    from hf_mae.pretrain import pretrain  # torch and transformers take seconds: --help and --list need neither
+
+    pretrain(recipe)
+
+
+def _reconstruct(arguments: Sequence[str]) -> None:
+    def reconstruct(
+        model: tyro.conf.Positional[str],
+        images: tyro.conf.Positional[list[Path]],
+        out: Path = Path("reconstruction.png"),
+        seed: int = 0,
+    ) -> None:
+        """Draw what a model makes of images with most patches removed.
+
+        Args:
+            model: a model folder (runs/NAME/checkpoints/step_N/model) or a Hub id.
+            images: image files.
+            out: where to write the picture.
+            seed: chooses the masks.
+        """
+        from hf_mae.pretrain import reconstruct_files
+
+        reconstruct_files(model, images, out, seed=seed)
+        sys.stdout.write(f"{out}\n")
+
+    tyro.cli(reconstruct, prog="hf-mae reconstruct", args=list(arguments))
+
+
+def list_presets(presets: Mapping[str, Recipe]) -> str:
+    """Return a table of presets: length, batch, source and expected result."""
+    lines = [f"{'preset':<20}{'epochs':>7}{'batch':>7}{'pixels':>7}  data"]
+    for name, recipe in presets.items():
+        numbers = f"{recipe.epochs:>7g}{recipe.global_batch:>7}{recipe.model.image_size!s:>7}"
+        lines.append(f"{name:<20}{numbers}  {recipe.data.path or 'yours (--data.path)'}")
+        lines.append(f"{'':<20}source: {recipe.source}")
+        lines.append(f"{'':<20}expected: {recipe.expected}")
+    return "\n".join(lines) + "\n"
+
+
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    return f"did you mean {', '.join(near)}?" if near else f"use one of {', '.join(known)}"
+
+
+def _ours(error: BaseException) -> bool:
+    """Return whether the error was raised by this package on purpose, rather than met by accident further down."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(hf_mae.__file__).parent)
+
+
+if __name__ == "__main__":
+    main()

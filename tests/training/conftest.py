@@ -1,0 +1,166 @@
+"""A tiny real model on tiny random images, without the data room: what loop and checkpoint tests train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from hf_mae import MAEConfig, MAEForPreTraining
+from hf_mae.recipes.base import Engine, Evals, Recipe, Schedule, to_dict
+from hf_mae.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from hf_mae.training.loop import fit
+from hf_mae.training.monitors import Monitor, Window
+from hf_mae.training.optim import MovingAverage, build_adamw
+from hf_mae.training.schedules import make_plan
+from hf_mae.training.signals import StopSignal
+from hf_mae.training.tasks import Pretraining
+
+CONFIG = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "norm_pix_loss": True,
+}
+RECIPE = Recipe(
+    name="tiny",
+    source="",
+    expected="",
+    epochs=4,
+    global_batch=8,
+    log_every=3,
+    save_every=4,
+    schedule=Schedule(warmup_epochs=1),
+    evals=Evals(),
+    engine=Engine(keep_checkpoints=2),
+)
+
+
+@dataclass
+class ToyBatch:
+    cursor: int
+    values: dict[str, torch.Tensor]
+    bad: list[Any] = field(default_factory=list)
+
+    def tensors(self):
+        return self.values
+
+
+@dataclass
+class ToyBatches:
+    """Batch k is a function of k alone, as the real loader's."""
+
+    start: int
+    batch: int = 8
+    poison: int | None = None
+    seconds_waiting: float = 0.0
+
+    def __iter__(self):
+        k = self.start
+        while True:
+            g = torch.Generator().manual_seed(k)
+            pixels = torch.randint(0, 256, (self.batch, 3, 16, 16), generator=g, dtype=torch.uint8)
+            noise = torch.rand(self.batch, 16, generator=g)
+            if k == self.poison:
+                noise = noise * float("nan")
+                pixels = pixels.double() * float("nan")
+            k += 1
+            yield ToyBatch(k, {"pixel_values": pixels, "noise": noise})
+
+
+@dataclass
+class ToyRun:
+    """One run of the real loop in one folder; `train()` starts or resumes it."""
+
+    out: Path
+    recipe: Recipe = RECIPE
+    micro_batch: int = 8
+    poison: int | None = None
+    ema: bool = False
+    batches: Any = None
+    evaluators: tuple[Any, ...] = ()
+
+    def change(self, **fields) -> ToyRun:
+        return replace(self, recipe=replace(self.recipe, **fields))
+
+    def train(self, resume: Path | None = None, *, on_batch=None):
+        (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        accelerator = Accelerator(cpu=True)
+        plan = make_plan(self.recipe, steps_per_epoch=5)
+        torch.manual_seed(0)
+        task = Pretraining(MAEForPreTraining(MAEConfig(**CONFIG)), (0.5,) * 3, (0.5,) * 3)
+        task, optimizer = accelerator.prepare(task, build_adamw(task, self.recipe.optim))
+        average = MovingAverage(task, 0.9) if self.ema else None
+        state, window = TrainState(trivial_loss=1.0), Window(torch.device("cpu"))
+        if resume is not None:
+            loaded = load_checkpoint(resume, task=task, optimizer=optimizer.optimizer, average=average)
+            state = loaded.state
+            window.load(loaded.rank_states[0]["window"])
+
+        def save(current, sums):
+            return save_checkpoint(
+                self.out / "checkpoints",
+                accelerator=accelerator,
+                task=task,
+                optimizer=optimizer.optimizer,
+                average=average,
+                state=current,
+                rank_state={"cursor": current.step, "window": sums.state()},
+                recipe=to_dict(self.recipe),
+                data={"fingerprint": "toy"},
+                keep=self.recipe.engine.keep_checkpoints,
+            )
+
+        monitor = Monitor(
+            self.out,
+            step=state.step if resume else -1,
+            total_steps=plan.total_steps,
+            track="none",
+            is_main=True,
+            name="toy",
+        )
+        monitor.trivial_loss = 1.0
+        stop = StopSignal(1)
+        batches = self.batches or ToyBatches(state.step, poison=self.poison)
+        try:
+            outcome = fit(
+                task,
+                optimizer,
+                batches if on_batch is None else on_batch(batches),
+                recipe=self.recipe,
+                plan=plan,
+                micro_batch=self.micro_batch,
+                accelerator=accelerator,
+                state=state,
+                window=window,
+                monitor=monitor,
+                stop=stop,
+                save=save,
+                evaluators=self.evaluators,
+                average=average,
+            )
+        finally:
+            monitor.close()
+            stop.close()
+        self.task, self.optimizer, self.state, self.monitor, self.average = task, optimizer, state, monitor, average
+        return outcome
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.out / "checkpoints").glob("step_*"))
+
+    def weights(self):
+        return {k: v.clone() for k, v in self.task.state_dict().items()}
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return ToyRun(tmp_path / "run")

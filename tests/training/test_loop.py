@@ -1,0 +1,123 @@
+"""The loop: accumulation, logging, non-finite losses, signals, and no waiting for the device."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_mae.recipes.base import Optim
+
+
+def rows(run):
+    return [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_accumulating_eight_micro_batches_equals_one_batch(toy, tmp_path):
+    toy.train()
+    other = replace(toy, out=tmp_path / "other", micro_batch=1)
+    other.train()
+    for a, b in zip(rows(toy), rows(other), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-4)
+    assert rows(toy)[-1]["step"] == 20
+
+
+def test_rows_appear_at_every_nth_step_and_at_the_end(toy):
+    assert toy.train() == "finished"
+    assert [r["step"] for r in rows(toy)] == [3, 6, 9, 12, 15, 18, 20]
+    assert rows(toy)[-1]["examples_seen"] == 160
+    assert rows(toy)[2]["epoch"] == pytest.approx(9 / 5)
+
+
+def test_a_row_holds_the_mean_loss_since_the_last_row(toy):
+    toy.change(log_every=1).train()
+    single = [r["loss"] for r in rows(toy)]
+    grouped = replace(toy, out=toy.out.with_name("grouped"))
+    grouped.train()
+    assert rows(grouped)[0]["loss"] == pytest.approx(sum(single[:3]) / 3, rel=1e-6)
+    assert rows(grouped)[-1]["loss"] == pytest.approx(sum(single[18:]) / 2, rel=1e-6)
+
+
+def test_a_nan_stops_the_run_at_the_next_log_step_and_names_the_step(toy):
+    run = replace(toy, poison=9)
+    with pytest.raises(FloatingPointError, match=r"update 10 \(samples 72 to 79 of the stream\) is not finite"):
+        run.train()
+    # Step 12 would have been saved and logged; nothing after the last good checkpoint is.
+    assert [c.name for c in run.checkpoints()] == ["step_00000004", "step_00000008"]
+    assert rows(run)[-1]["step"] == 9
+
+
+def test_a_nan_is_caught_before_a_checkpoint_even_between_log_steps(toy):
+    run = replace(toy.change(log_every=0, save_every=4), poison=2)
+    with pytest.raises(FloatingPointError, match="Last good checkpoint: none"):
+        run.train()
+    assert run.checkpoints() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run_cleanly(toy, number):
+    def interrupted(batches):
+        class Interrupting:
+            seconds_waiting = 0.0
+
+            def __iter__(self):
+                for batch in batches:
+                    if batch.cursor == 7:
+                        os.kill(os.getpid(), number)
+                    yield batch
+
+        return Interrupting()
+
+    assert toy.train(on_batch=interrupted) == "stopped"
+    assert toy.state.step == 7
+    assert toy.checkpoints()[-1].name == "step_00000007"
+    first = replace(toy)
+    first.train(resume=toy.checkpoints()[-1])
+    straight = replace(toy, out=toy.out.with_name("straight"))
+    straight.train()
+    assert all(torch.equal(a, straight.weights()[k]) for k, a in first.weights().items())
+
+
+def test_clipping_bounds_the_gradient_norm_and_reports_the_norm_before(toy):
+    free = replace(toy, out=toy.out.with_name("free"))
+    free.train()
+    clipped = toy.change(optim=Optim(clip_grad=1e-4))
+    clipped.train()
+    assert rows(clipped)[0]["grad_norm"] == pytest.approx(rows(free)[0]["grad_norm"], rel=0.2)
+    assert rows(clipped)[-1]["grad_norm"] > 1e-4
+
+
+class CountSyncs(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.items = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}:
+            self.items += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_a_number_outside_log_and_save_steps(toy):
+    """Each `.item()` would stall a GPU; with one log step at the end only that one may read numbers."""
+    counts = []
+    for steps in (5, 20):
+        run = replace(toy, out=toy.out.with_name(f"run{steps}")).change(max_steps=steps, log_every=0, save_every=0)
+        with CountSyncs() as counter:
+            run.train()
+        counts.append(counter.items)
+    assert counts[0] == counts[1] > 0
+
+
+def test_verdict_is_plain_in_both_directions(toy):
+    toy.train()
+    toy.monitor.last = {"loss": 0.5, "step": 20}
+    assert toy.monitor.verdict().startswith("learning: loss 0.5000 at step 20 is 50% below")
+    toy.monitor.last = {"loss": 0.999, "step": 20}
+    assert toy.monitor.verdict().startswith("not learning: loss 0.9990")

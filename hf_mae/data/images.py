@@ -1,0 +1,341 @@
+"""From encoded bytes to uint8 pixels: decoding that survives any file, and augmentation without a generator.
+
+Decoding knows ten formats by their first bytes and tries nothing else (no PostScript, no PDF), checks the size in the
+header before it decodes, and maps whatever Pillow raises for bad data to `ImageError`. Pillow's own bomb check is not
+used: it warns, and a warning filter cannot be set in one thread.
+
+Every random choice comes from a row of uniforms that the caller draws (`hf_mae.data.order.uniforms`), so a crop is a
+function of the sample's place in the stream. The random resized crop is torchvision's, try for try.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageEnhance,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    features,
+)
+
+from hf_mae.recipes.base import Augment
+
+Pixels = npt.NDArray[np.uint8]
+
+# Four uniforms for each try of a random resized crop (area, aspect, top, left), then flip and the three jitters.
+CROP_TRIES = 10
+FLIP = 4 * CROP_TRIES
+JITTER = FLIP + 1
+NUM_UNIFORMS = JITTER + 3
+"""How many uniforms `augment_image` may use, whatever the recipe: the numbers of one choice never depend on another."""
+
+MAX_ASPECT = 16
+"""Resizing the short side of a longer strip is done on its middle part of this aspect (5000x1 would become 327 MP)."""
+
+EXTENSIONS = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".mpo",
+        ".avif",
+        ".jp2",
+        ".j2k",
+    ]
+    + [".ppm", ".pgm", ".pbm"]
+)
+"""File names taken for images, lower case. The content decides the format."""
+
+# What Pillow's readers raise for damaged files. A warning is raised only where the user's filters make it an error.
+_PILLOW_RAISES = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    ArithmeticError,
+    MemoryError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Warning,
+)
+
+# The EXIF orientations 2 to 8, undone.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """The bytes are not a picture that can be used; the message says why."""
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+def decode_image(data: bytes | memoryview | None, channels: int = 3, *, max_pixels: int = 89_478_485) -> Image.Image:
+    """Decode one picture to 8 bits.
+
+    The EXIF orientation is applied (garbage in it is ignored), of an animation the first frame is taken, palettes are
+    looked up, transparency is dropped (as `convert("RGB")` does in torchvision and datasets), CMYK is converted, 16-bit
+    grey is divided by 257 where a bare `convert` would clip it.
+
+    Args:
+        data: the encoded file; None is a missing picture.
+        channels: 3 gives mode RGB, 1 gives mode L.
+        max_pixels: largest accepted width * height, read from the header before anything is decoded.
+
+    Returns:
+        A picture in mode RGB or L, upright.
+
+    Raises:
+        ImageError: the data is missing, damaged, too large, or of another kind.
+    """
+    if data is None:
+        raise ImageError("no image (null)")
+    if not len(data):
+        raise ImageError("empty (0 bytes)")
+    reader = _reader(bytes(data[:16]))
+    try:
+        image = reader(io.BytesIO(data))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(
+                f"{width}x{height} is {width * height} pixels, more than max_pixels={max_pixels} (--data.max-pixels)"
+            )
+        image.load()
+        orientation = _orientation(image)
+        picture = _to_8_bits(image, channels)
+        return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+    except ImageError:
+        raise
+    except _PILLOW_RAISES as error:
+        raise ImageError(f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _reader(head: bytes) -> Callable[[Any], Image.Image]:
+    for magic, opener in _readers():
+        if magic(head):
+            return opener
+    raise ImageError(f"not a known image format (begins with {head[:8]!r})")
+
+
+@cache
+def _readers() -> list[tuple[Callable[[bytes], bool], Callable[[Any], Image.Image]]]:
+    """List (does the head match, reader); JPEG includes MPO, whose first frame is a plain JPEG."""
+
+    def starts(*magic: bytes) -> Callable[[bytes], bool]:
+        return lambda head: head.startswith(magic)
+
+    readers: list[tuple[Callable[[bytes], bool], Callable[[Any], Image.Image]]] = [
+        (starts(b"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
+        (starts(b"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
+        (starts(b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile),
+        (starts(b"BM"), BmpImagePlugin.BmpImageFile),
+        (starts(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImagePlugin.TiffImageFile),
+        (starts(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"), PpmImagePlugin.PpmImageFile),
+    ]
+    if features.check("webp"):
+        readers.append((lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP", WebPImagePlugin.WebPImageFile))
+    if features.check("jpg_2000"):
+        readers.append((starts(b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n"), Jpeg2KImagePlugin.Jpeg2KImageFile))
+    if "avif" in features.modules and features.check("avif"):
+        from PIL import AvifImagePlugin  # Pillow 11.3 and later
+
+        readers.append((lambda head: head[4:12] in (b"ftypavif", b"ftypavis"), AvifImagePlugin.AvifImageFile))
+    return readers
+
+
+def _to_8_bits(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode == "F":
+        raise ImageError("32-bit float pixels have no defined range; store 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ImageError("32-bit integer pixels beyond 16 bits have no defined range; store 8 or 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    # Without this entry a palette's colours are taken as they are, and Pillow has no reason to warn.
+    image.info.pop("transparency", None)
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode:
+        return image
+    # Palette, CMYK and the like go to grey by way of RGB: one rule for the weights.
+    return (image if image.mode in ("RGB", "L", "1") else image.convert("RGB")).convert(mode)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 where there is none or it makes no sense."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 1  # Pillow's TIFF reader has turned it already
+    return exif_orientation(image.info.get("exif", b""))
+
+
+def exif_orientation(exif: bytes) -> int:
+    """Read tag 0x0112 of the first directory of an EXIF block; 1 if it is absent or the block is damaged."""
+    tiff = exif[6:] if exif.startswith(b"Exif\0\0") else exif
+    order = {b"II": "<", b"MM": ">"}.get(bytes(tiff[:2]))
+    if order is None:
+        return 1
+    try:
+        (at,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, at)
+        for i in range(min(entries, 256)):
+            tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, at + 2 + 12 * i)
+            if tag == 0x0112 and kind == 3 and count == 1:  # one SHORT
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass  # a directory that points out of the block: no orientation, as every viewer treats it
+    return 1
+
+
+# ------------------------------------------------------------------------------------------------ augmentation
+
+
+def random_resized_crop_box(
+    u: Sequence[float] | npt.NDArray[np.float64],
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Choose a box of random area and aspect: torchvision's `RandomResizedCrop.get_params`.
+
+    Args:
+        u: uniforms in [0, 1): area, log-aspect, top and left of each of ten tries.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        scale: range of the area, as a fraction of the image's.
+        ratio: range of width / height.
+
+    Returns:
+        (top, left, height, width) in pixels. After ten boxes that do not fit: the largest central box whose aspect is
+        within `ratio`.
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for k in range(CROP_TRIES):
+        area = height * width * (scale[0] + float(u[4 * k]) * (scale[1] - scale[0]))
+        aspect = math.exp(log_low + float(u[4 * k + 1]) * (log_high - log_low))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u[4 * k + 2] * (height - h + 1)), int(u[4 * k + 3] * (width - w + 1)), h, w
+    w, h = width, height
+    if width / height < min(ratio):
+        h = round(width / min(ratio))
+    elif width / height > max(ratio):
+        w = round(height * max(ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def augment_image(
+    image: Image.Image, u: Sequence[float] | npt.NDArray[np.float64], size: tuple[int, int], augment: Augment
+) -> Pixels:
+    """Crop, resize, flip and jitter a decoded picture: a pure function of the picture, the uniforms and the recipe.
+
+    The jitter comes last, in the fixed order brightness, contrast, saturation (torchvision draws the order too), each
+    factor uniform in [1 - color_jitter, 1 + color_jitter], not below 0.
+
+    Args:
+        image: from `decode_image`.
+        u: NUM_UNIFORMS uniforms in [0, 1).
+        size: (height, width) of the result, in pixels.
+        augment: which crop, whether to flip, how much jitter.
+
+    Returns:
+        uint8 [C, H, W].
+    """
+    height, width = size
+    if augment.crop == "random-resized":
+        top, left, h, w = random_resized_crop_box(u, image.height, image.width, augment.scale, augment.ratio)
+        image = image.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BICUBIC)
+    elif augment.crop == "fixed":
+        image = _resize_to_cover(image, size)
+        top, left = int(u[0] * (image.height - height + 1)), int(u[1] * (image.width - width + 1))
+        image = image.crop((left, top, left + width, top + height))
+    else:
+        image = _center(image, size)
+    if augment.flip and u[FLIP] < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if augment.color_jitter:
+        for i, enhance in enumerate((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)):
+            factor = 1 + augment.color_jitter * (2 * float(u[JITTER + i]) - 1)
+            image = enhance(image).enhance(max(0.0, factor))
+    return _to_array(image)
+
+
+def eval_image(image: Image.Image, size: tuple[int, int]) -> Pixels:
+    """Resize and crop the centre, as for evaluation: uint8 [C, H, W].
+
+    A picture of exactly `size` is returned as it is (32x32 data sets would otherwise lose their border). Any other is
+    resized so that the crop covers 224/256 of its short side up to 224 pixels, all of it beyond (official evaluation).
+    """
+    return _to_array(_center(image, size))
+
+
+def _center(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    if (image.height, image.width) == size:
+        return image
+    image = _resize_to_cover(image, size)
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize, keeping the aspect, to the smallest picture that covers `size` and its border."""
+    image = _cut_strip(image)
+    target_h, target_w = (int(side * 256 / 224) if side <= 224 else side for side in size)
+    # Compared as products, so that a square target means exactly "the short side".
+    if image.width * target_h <= image.height * target_w:
+        shape = target_w, max(target_h, int(target_w * image.height / image.width))
+    else:
+        shape = max(target_w, int(target_h * image.width / image.height)), target_h
+    return image.resize(shape, Image.Resampling.BICUBIC)
+
+
+def _cut_strip(image: Image.Image) -> Image.Image:
+    limit = MAX_ASPECT * min(image.size)
+    if max(image.size) <= limit:
+        return image
+    w, h = min(image.width, limit), min(image.height, limit)
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return image.crop((left, top, left + w, top + h))
+
+
+def _to_array(image: Image.Image) -> Pixels:
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -62,6 +62,8 @@ class ToyBatches:
     start: int
     batch: int = 8
     poison: int | None = None
+    rank: int = 0
+    world: int = 1
     seconds_waiting: float = 0.0
 
     def __iter__(self):
@@ -74,7 +76,12 @@ class ToyBatches:
                 noise = noise * float("nan")
                 pixels = pixels.double() * float("nan")
             k += 1
-            yield ToyBatch(k, {"pixel_values": pixels, "noise": noise})
+            mine = slice(self.rank, None, self.world)
+            yield ToyBatch(k, {"pixel_values": pixels[mine], "noise": noise[mine]})
+
+
+def cpu_accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
 
 
 @dataclass
@@ -88,13 +95,15 @@ class ToyRun:
     ema: bool = False
     batches: Any = None
     evaluators: tuple[Any, ...] = ()
+    make_accelerator: Any = cpu_accelerator
 
     def change(self, **fields) -> ToyRun:
         return replace(self, recipe=replace(self.recipe, **fields))
 
     def train(self, resume: Path | None = None, *, on_batch=None):
         (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        accelerator = Accelerator(cpu=True)
+        accelerator = self.make_accelerator()
+        rank, world = accelerator.process_index, accelerator.num_processes
         plan = make_plan(self.recipe, steps_per_epoch=5)
         torch.manual_seed(0)
         task = Pretraining(MAEForPreTraining(MAEConfig(**CONFIG)), (0.5,) * 3, (0.5,) * 3)
@@ -104,7 +113,7 @@ class ToyRun:
         if resume is not None:
             loaded = load_checkpoint(resume, task=task, optimizer=optimizer.optimizer, average=average)
             state = loaded.state
-            window.load(loaded.rank_states[0]["window"])
+            window.load(loaded.rank_states[rank % len(loaded.rank_states)]["window"])
 
         def save(current, sums):
             return save_checkpoint(
@@ -125,12 +134,12 @@ class ToyRun:
             step=state.step if resume else -1,
             total_steps=plan.total_steps,
             track="none",
-            is_main=True,
+            is_main=accelerator.is_main_process,
             name="toy",
         )
         monitor.trivial_loss = 1.0
-        stop = StopSignal(1)
-        batches = self.batches or ToyBatches(state.step, poison=self.poison)
+        stop = StopSignal(world)
+        batches = self.batches or ToyBatches(state.step, poison=self.poison, rank=rank, world=world)
         try:
             outcome = fit(
                 task,

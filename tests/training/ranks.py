@@ -1,0 +1,133 @@
+"""What two processes check together; started by test_ranks.py under torchrun. Prints nothing, writes one JSON file.
+
+usage: ranks.py CONFTEST FOLDER
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+
+from hf_mae.recipes.base import Engine
+from hf_mae.training.distributed import agree, full, make_accelerator
+from hf_mae.training.monitors import Window
+
+spec = importlib.util.spec_from_file_location("toy", sys.argv[1])
+assert spec is not None
+assert spec.loader is not None
+toy = importlib.util.module_from_spec(spec)
+sys.modules["toy"] = toy
+spec.loader.exec_module(toy)
+
+FOLDER = Path(sys.argv[2])
+RANK = int(os.environ["RANK"])
+
+
+def fsdp_accelerator() -> Accelerator:
+    """FSDP2 on the CPU: Accelerate ignores its own plugin there unless its state is told otherwise."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    for state in (AcceleratorState._shared_state, PartialState._shared_state):
+        state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    return accelerator
+
+
+def whole(run):
+    return {k: full(v.detach()).clone() for k, v in run.task.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(x.detach(), y.detach()) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+def main():
+    torch.set_num_threads(1)
+    results = {}
+    ddp = toy.ToyRun(FOLDER / "ddp", micro_batch=4, ema=True).change(save_every=8)
+    ddp.train()
+    results["ddp_trains"] = ddp.state.step == 20
+    expected = whole(ddp)
+
+    # Resume under DDP from the middle of a log window: the same bits, rows included.
+    resumed = replace(ddp, out=FOLDER / "ddp_resumed")
+    resumed.train(resume=ddp.out / "checkpoints" / "step_00000016")
+    results["ddp_resumes_exactly"] = same(whole(resumed), expected)
+
+    # A signal on one rank stops both after the same update.
+    def interrupting(batches):
+        class Interrupting:
+            seconds_waiting = 0.0
+
+            def __iter__(self):
+                for batch in batches:
+                    if batch.cursor == 5 and RANK == 1:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    yield batch
+
+        return Interrupting()
+
+    stopped = replace(ddp, out=FOLDER / "stopped")
+    results["signal_outcome"] = stopped.train(on_batch=interrupting)
+    steps = [None, None]
+    torch.distributed.all_gather_object(steps, stopped.state.step)
+    results["signal_steps"] = steps
+    finished = replace(ddp, out=FOLDER / "stopped_then_resumed")
+    finished.train(resume=stopped.checkpoints()[-1])
+    results["stopped_run_resumes_exactly"] = same(whole(finished), expected)
+
+    # A loss that is not finite on one rank is seen by all.
+    accelerator = Accelerator(cpu=True)
+    window = Window(torch.device("cpu"))
+    window.add({"loss": torch.tensor(float("nan") if RANK == 1 else 1.0)}, step=3)
+    results["nan_step"] = window.non_finite_step(accelerator)
+
+    # One rank's error reaches the other.
+    try:
+        agree(OSError("disk on fire") if RANK == 1 else None, accelerator, "saving")
+    except (OSError, RuntimeError) as error:
+        results["agreed_error"] = str(error)
+    try:
+        make_accelerator(Engine(expect_processes=3))
+    except RuntimeError as error:
+        results["expected_three"] = str(error)
+
+    # FSDP2, from the state that DDP saved and from scratch.
+    fsdp = replace(ddp, out=FOLDER / "fsdp", make_accelerator=fsdp_accelerator)
+    fsdp.train()
+    results["fsdp_is_sharded"] = any(isinstance(p, DTensor) for p in fsdp.task.parameters())
+    results["fsdp_to_ddp"] = max(
+        float((a - b).abs().max()) for a, b in zip(whole(fsdp).values(), expected.values(), strict=True)
+    )
+    from_ddp = replace(fsdp, out=FOLDER / "fsdp_from_ddp")
+    from_ddp.train(resume=ddp.out / "checkpoints" / "step_00000016")
+    results["fsdp_from_ddp"] = max(
+        float((a - b).abs().max()) for a, b in zip(whole(from_ddp).values(), expected.values(), strict=True)
+    )
+    again = replace(fsdp, out=FOLDER / "fsdp_resumed")
+    again.train(resume=fsdp.out / "checkpoints" / "step_00000016")
+    results["fsdp_resumes_exactly"] = same(whole(again), whole(fsdp))
+    shadow = {k: full(v) for k, v in again.average.state().items()}
+    results["fsdp_average_resumes_exactly"] = same(shadow, {k: full(v) for k, v in fsdp.average.state().items()})
+
+    if RANK == 0:
+        (FOLDER / "results.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+main()

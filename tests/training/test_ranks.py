@@ -1,0 +1,107 @@
+"""Two gloo processes: DDP and FSDP2 agree with one process and with each other. One launch, many claims."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_mae.recipes.base import Engine
+from hf_mae.training import distributed
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.multiprocess
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE / "ranks.py")]
+    done = subprocess.run(
+        [sys.executable, *command, str(HERE / "conftest.py"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture
+def results(launched):
+    return json.loads((launched / "results.json").read_text())
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_equal_one_process_with_two_micro_batches_bit_for_bit(launched, toy):
+    one = replace(toy, micro_batch=4, ema=True)
+    one.train()
+    two = load_file(launched / "ddp" / "checkpoints" / "step_00000020" / "model" / "model.safetensors")
+    assert all(torch.equal(v, two[k.removeprefix("model.")]) for k, v in one.weights().items())
+    # The logged means are summed in another order: equal to float32 rounding.
+    assert [r["loss"] for r in rows(one.out)] == pytest.approx([r["loss"] for r in rows(launched / "ddp")], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_processes_continues_in_one(launched, toy, kind):
+    expected = replace(toy, micro_batch=4, out=toy.out.with_name("straight"))
+    expected.train()
+    toy = replace(toy, micro_batch=4)
+    toy.train(resume=launched / kind / "checkpoints" / "step_00000016")
+    for name, value in toy.weights().items():
+        torch.testing.assert_close(value, expected.weights()[name], atol=1e-5, rtol=1e-5)
+
+
+def test_two_processes_resume_exactly(launched, results):
+    assert results["ddp_trains"]
+    assert results["ddp_resumes_exactly"]
+
+
+def test_a_signal_on_one_rank_stops_both_after_the_same_update(results):
+    assert results["signal_outcome"] == "stopped"
+    first, second = results["signal_steps"]
+    assert first == second in {6, 7}  # decided one update late
+    assert results["stopped_run_resumes_exactly"]
+
+
+def test_a_nan_on_one_rank_is_seen_by_all(results):
+    assert results["nan_step"] == 3
+
+
+def test_an_error_on_one_rank_reaches_the_other(results):
+    assert results["agreed_error"] == "rank 1 failed while saving: OSError: disk on fire"
+
+
+def test_another_number_of_processes_than_expected_is_refused(results):
+    assert results["expected_three"].startswith("engine.expect_processes=3 but 2 process(es) started")
+
+
+def test_fsdp2_shards_and_equals_ddp(results):
+    assert results["fsdp_is_sharded"]
+    assert results["fsdp_to_ddp"] <= 1e-6
+    assert results["fsdp_from_ddp"] <= 1e-6
+
+
+def test_fsdp2_resumes_exactly_moving_average_included(results):
+    assert results["fsdp_resumes_exactly"]
+    assert results["fsdp_average_resumes_exactly"]
+
+
+def test_a_world_that_accelerate_did_not_join_is_refused(monkeypatch):
+    """Two launched processes that each believe to be alone would write one run folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "Accelerator", lambda **kwargs: type("Alone", (), {"num_processes": 1})())
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE=2 process\(es\) but Accelerate uses 1"):
+        distributed.make_accelerator(Engine())

@@ -50,7 +50,8 @@ class Attention(nn.Module):
         """Map [N, L, D] to [N, L, D], and the weights [N, heads, L, L] where the implementation has them."""
         N, L, D = tokens.shape
         query, key, value = self.qkv(tokens).view(N, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
+        implementation = self.config._attn_implementation or "sdpa"
+        attend = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         out, weights = attend(self, query, key, value, attention_mask=None, scaling=(D // self.num_heads) ** -0.5)
         return self.proj(out.reshape(N, L, D)), weights
 

@@ -330,7 +330,8 @@ class MAEPreTrainedModel(PreTrainedModel):
     def _check_loading(cls, info: dict[str, Any], source: str | os.PathLike[str]) -> None:
         # What a class may leave unread is named in its _keys_to_ignore_on_load_unexpected and is gone from `info`.
         missing, unexpected = list(info["missing_keys"]), list(info["unexpected_keys"])
-        if missing and all(name.startswith("decoder_") or name == "mask_token" for name in missing) and not unexpected:
+        of_decoder = [name for name in missing if name.startswith("decoder_") or name == "mask_token"]
+        if "decoder_pred.weight" in missing and of_decoder == missing and not unexpected:
             raise ValueError(
                 f"{source} has no decoder ({len(missing)} weights), so {cls.__name__} could not reconstruct anything; "
                 "load it with MAEModel, or use a checkpoint with decoder (of the official files, *_full.pth and "

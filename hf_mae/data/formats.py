@@ -1,0 +1,589 @@
+"""The formats images are read from, each as an index of chunks: row counts, and a read of one chunk.
+
+| source  | one chunk                                    | index                              |
+|---------|----------------------------------------------|------------------------------------|
+| Parquet | a row group; remote: neighbours, see below   | the footers                        |
+| Folder  | a file                                       | the sorted list of names and sizes |
+| Tar     | a run of 32 samples                          | one scan of the member headers     |
+| Arrow   | a row                                        | the length                         |
+| Digits  | a row                                        | the length                         |
+
+A chunk that cannot be read locally is a chunk of bad rows with a reason, counted and replaced by the loader. A remote
+chunk is asked for again, then the run stops: reading is stateless, so asking again is always safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hf_mae.data.images import EXTENSIONS
+from hf_mae.data.order import Ints, permutation
+
+Buffer = bytes | memoryview
+T = TypeVar("T")
+
+# Neighbouring row groups of a remote file are one chunk up to these sizes: one request each, and the Hub allows
+# 3,000 to 5,000 requests in five minutes. The rule is part of the fingerprint; changing it ends every remote run.
+REMOTE_CHUNK_BYTES = 32 * 2**20
+REMOTE_CHUNK_ROWS = 1024
+
+TAR_RUN = 32
+RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The rows of one chunk, still encoded."""
+
+    images: Sequence[Buffer | None]
+    """Encoded files, mostly views of one buffer; None is a missing picture."""
+    labels: Ints
+    """[rows] labels, -1 where there is none."""
+    error: str | None = None
+    """Why none of the rows could be read."""
+
+
+class Source(ABC):
+    """Images in a fixed set of chunks.
+
+    Attributes:
+        sizes: [chunks] rows of each chunk, all at least 1.
+        fingerprint: changes when a file is renamed, added, removed or has another size.
+        bytes_per_row: mean encoded bytes of a row, None if unknown.
+        has_labels: whether rows have integer labels.
+        label_names: names of the classes, None if unknown.
+        revision: commit of a Hub data set.
+        where: what was opened, in words.
+        notes: what was inferred or left out, in words.
+    """
+
+    kind: str
+    sizes: Ints
+    fingerprint: str
+    bytes_per_row: float | None = None
+    has_labels: bool = False
+    label_names: list[str] | None = None
+    revision: str | None = None
+    where: str = ""
+    notes: list[str]
+    num_shards: int = 1
+
+    @abstractmethod
+    def read(self, chunk: int) -> Chunk:
+        """Read one chunk. Thread-safe.
+
+        Raises:
+            RuntimeError: a remote chunk could not be read after several tries; names the shard and row group.
+        """
+
+    @abstractmethod
+    def describe(self, chunk: int, row: int) -> tuple[str, int]:
+        """Name the shard a row is in, and its number in it."""
+
+    def labels(self, chunk: int) -> Ints | None:
+        """Return the labels of a chunk, or None where that means reading its images or asking a server."""
+        return None
+
+    def summary(self) -> str:
+        """Say what was opened and what was inferred, for the first lines of a run."""
+        rows = int(self.sizes.sum())
+        parts = [f"{rows:,} images in {self.num_shards:,} {self.kind}, {len(self.sizes):,} chunks", *self.notes]
+        if self.bytes_per_row:
+            parts.append(f"{self.bytes_per_row / 1000:.1f} kB an image")
+        if self.has_labels:
+            parts.append(f"{len(self.label_names)} classes" if self.label_names else "labels without names")
+        else:
+            parts.append("no labels")
+        if self.revision:
+            parts.append(f"revision {self.revision}")
+        return f"data: {self.where}: " + "; ".join(parts)
+
+
+def fingerprint(*facts: Any) -> str:
+    """Hash JSON-able facts to 16 hex digits."""
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def unreadable(rows: int, error: BaseException | str) -> Chunk:
+    """Return a chunk of bad rows."""
+    reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return Chunk([None] * rows, np.full(rows, -1, dtype=np.int64), error=reason.split("\n")[0][:200])
+
+
+# ------------------------------------------------------------------------------------------------ Parquet
+
+
+class ParquetSource(Source):
+    """Row groups of Parquet files; only the encoded bytes and the label column are read.
+
+    Args:
+        names: names of the files for messages and the fingerprint, without the folder they happen to lie in.
+        paths: where they are: local paths, or paths on `filesystem`.
+        filesystem: an fsspec file system for remote files, None for local ones.
+        choose: picks (image column, label column or None, class names or None) from the schema; raises ValueError.
+    """
+
+    kind = "Parquet files"
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        paths: Sequence[str],
+        *,
+        choose: Callable[[pa.Schema], tuple[str, str | None, list[str] | None]],
+        filesystem: Any | None = None,
+    ) -> None:
+        self.names, self.paths, self.filesystem = list(names), list(paths), filesystem
+        with ThreadPoolExecutor(16, thread_name_prefix="footer") as pool:
+            self.footers: list[pq.FileMetaData] = list(pool.map(self._footer, range(len(self.paths))))
+        schema = self.footers[0].schema.to_arrow_schema()
+        self.image_column, self.label_column, self.label_names = choose(schema)
+        self.has_labels = self.label_column is not None
+        is_struct = pa.types.is_struct(schema.field(self.image_column).type)
+        leaf = f"{self.image_column}.bytes" if is_struct else self.image_column
+        self.columns = [leaf] + ([self.label_column] if self.label_column else [])
+
+        self.chunks: list[tuple[int, list[int], int, int]] = []  # file, its row groups, first row, rows
+        image_bytes, sizes = 0, []
+        for f, footer in enumerate(self.footers):
+            at = {footer.schema.column(i).path: i for i in range(footer.num_columns)}
+            if missing := [c for c in self.columns if c not in at]:
+                raise ValueError(f"{self.names[f]} lacks the column {missing[0]} that {self.names[0]} has")
+            first = 0
+            for g in range(footer.num_row_groups):
+                group = footer.row_group(g)
+                columns = [group.column(at[c]) for c in self.columns]
+                image_bytes += columns[0].total_uncompressed_size
+                stored = sum(c.total_compressed_size for c in columns)
+                sizes.append((f, group.num_rows, stored))
+                if group.num_rows:
+                    self._append(f, g, first, group.num_rows, stored)
+                first += group.num_rows
+        rows = sum(n for _, n, _ in sizes)
+        if not rows:
+            raise ValueError(f"{', '.join(self.names[:3])}: the Parquet files hold no rows")
+        self.sizes = np.array([n for _, _, _, n in self.chunks], dtype=np.int64)
+        self.bytes_per_row = image_bytes / rows
+        self.num_shards = len(self.names)
+        self.fingerprint = fingerprint("parquet", self.names, self.columns, sizes, [c[1] for c in self.chunks])
+        self.notes = [f"column {self.image_column}"]
+        if self.label_column:
+            self.notes.append(f"labels from {self.label_column}")
+
+    def _append(self, file: int, group: int, first: int, rows: int, stored: int) -> None:
+        """Add a row group, to the chunk before it where the rule for remote files says so."""
+        if self.filesystem is not None and self.chunks and self.chunks[-1][0] == file:
+            _, groups, start, have = self.chunks[-1]
+            if have + rows <= REMOTE_CHUNK_ROWS and self._open_bytes + stored <= REMOTE_CHUNK_BYTES:
+                self.chunks[-1] = (file, [*groups, group], start, have + rows)
+                self._open_bytes += stored
+                return
+        self.chunks.append((file, [group], first, rows))
+        self._open_bytes = stored
+
+    def _footer(self, file: int) -> pq.FileMetaData:
+        if self.filesystem is not None:
+            return retry(lambda: self._remote_footer(file), f"the footer of {self.names[file]}")
+        try:
+            return pq.read_metadata(self.paths[file])
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{self.paths[file]} is not a readable Parquet file ({_first_line(error)}); download it again, or move it "
+                "out of the folder"
+            ) from error
+
+    def _remote_footer(self, file: int) -> pq.FileMetaData:
+        assert self.filesystem is not None
+        # Without its own cache the file system asks for exactly the ranges that are read.
+        with self.filesystem.open(self.paths[file], cache_type="none") as handle:
+            return pq.read_metadata(handle)
+
+    def _table(self, chunk: int, columns: list[str]) -> pa.Table:
+        file, groups, _, _ = self.chunks[chunk]
+        footer, path = self.footers[file], self.paths[file]
+        if self.filesystem is None:
+            with pq.ParquetFile(path, metadata=footer) as opened:
+                return opened.read_row_groups(groups, columns=columns, use_threads=False)
+        with (
+            self.filesystem.open(path, cache_type="none") as handle,
+            # pre_buffer joins the columns' ranges into one request.
+            pq.ParquetFile(handle, metadata=footer, pre_buffer=True) as opened,
+        ):
+            return opened.read_row_groups(groups, columns=columns, use_threads=False)
+
+    def read(self, chunk: int) -> Chunk:
+        """Read the row group, or the neighbouring row groups, of a chunk."""
+        file, groups, _, rows = self.chunks[chunk]
+        if self.filesystem is not None:
+            what = f"{self.names[file]}, row group {groups[0]}" + (f" to {groups[-1]}" if len(groups) > 1 else "")
+            return self._chunk(retry(lambda: self._table(chunk, self.columns), what))
+        try:
+            return self._chunk(self._table(chunk, self.columns))
+        except pa.ArrowMemoryError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            return unreadable(rows, error)
+
+    def _chunk(self, table: pa.Table) -> Chunk:
+        labels = np.full(table.num_rows, -1, dtype=np.int64)
+        if self.label_column:
+            labels = column_labels(table.column(self.label_column))
+        return Chunk(encoded_images(table.column(self.image_column)), labels)
+
+    def labels(self, chunk: int) -> Ints | None:
+        """Read the label column alone, of local files."""
+        if self.label_column is None or self.filesystem is not None:
+            return None
+        try:
+            return column_labels(self._table(chunk, [self.label_column]).column(0))
+        except (pa.ArrowException, OSError):
+            return None  # only asked for a description; reading the chunk will report it
+
+    def describe(self, chunk: int, row: int) -> tuple[str, int]:
+        """Name the file, and the row counted from its beginning."""
+        file, _, first, _ = self.chunks[chunk]
+        return self.names[file], first + row
+
+
+def encoded_images(column: pa.ChunkedArray) -> list[memoryview | None]:
+    """Return views of the encoded files in a column of bytes, or of structs with a field `bytes`."""
+    views: list[memoryview | None] = []
+    for array in column.chunks:
+        if pa.types.is_struct(array.type):
+            array = array.flatten()[array.type.get_field_index("bytes")]  # keeps the nulls of the struct
+        if not pa.types.is_large_binary(array.type):
+            array = array.cast(pa.large_binary())
+        _, offsets, data = array.buffers()
+        ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1].tolist()
+        view = memoryview(data if data is not None else b"").cast("B")
+        valid = array.is_valid().to_pylist()
+        views += [view[a:b] if ok else None for a, b, ok in zip(ends, ends[1:], valid, strict=False)]
+    return views
+
+
+def column_labels(column: pa.ChunkedArray) -> Ints:
+    """Return an integer column as int64, -1 where it is null."""
+    return column.cast(pa.int64()).fill_null(-1).to_numpy().astype(np.int64)
+
+
+def retry(action: Callable[[], T], what: str) -> T:
+    """Call `action` until the network lets it through, five times in all; a new call signs its addresses anew.
+
+    Raises:
+        RuntimeError: it failed five times, or the server says that the file is not there; names `what`.
+    """
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            return action()
+        except pa.ArrowMemoryError:
+            raise
+        except (OSError, httpx.HTTPError, pa.ArrowException) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            gone = isinstance(error, FileNotFoundError) or status in (401, 404, 410)
+            if gone or pause is None:
+                raise RuntimeError(
+                    f"could not read {what}: {_first_line(error)}; check the network and access to the data set, then "
+                    "start again: the run continues from its last checkpoint"
+                ) from error
+        time.sleep(pause)
+    raise AssertionError
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+class FolderSource(Source):
+    """Image files; the class is the first folder below the root when every image lies in one and there are several.
+
+    Args:
+        root: the folder of the split.
+        files: (name relative to the root with forward slashes, bytes), in any order.
+        use_labels: False ignores the class folders.
+    """
+
+    kind = "files"
+
+    def __init__(self, root: Path, files: Sequence[tuple[str, int]], *, use_labels: bool = True) -> None:
+        self.root = root
+        ordered = sorted(files)
+        self.names = [name for name, _ in ordered]
+        classes = sorted({name.split("/", 1)[0] if "/" in name else "" for name in self.names})
+        self.has_labels = use_labels and len(classes) > 1 and "" not in classes
+        self._labels = np.full(len(ordered), -1, dtype=np.int64)
+        if self.has_labels:
+            self.label_names = classes
+            number = {name: i for i, name in enumerate(classes)}
+            self._labels = np.array([number[name.split("/", 1)[0]] for name in self.names], dtype=np.int64)
+        self.sizes = np.ones(len(ordered), dtype=np.int64)
+        self.bytes_per_row = sum(size for _, size in ordered) / max(1, len(ordered))
+        self.num_shards = len(ordered)
+        self.fingerprint = fingerprint("folder", ordered, self.has_labels)
+        self.notes = ["labels from the folder names"] if self.has_labels else []
+
+    def read(self, chunk: int) -> Chunk:
+        """Read one file."""
+        try:
+            return Chunk([(self.root / self.names[chunk]).read_bytes()], self._labels[chunk : chunk + 1])
+        except OSError as error:
+            return unreadable(1, error)
+
+    def labels(self, chunk: int) -> Ints | None:
+        """Return the class of one file."""
+        return self._labels[chunk : chunk + 1]
+
+    def describe(self, chunk: int, row: int) -> tuple[str, int]:
+        """Name the file; its only row is 0."""
+        return self.names[chunk], row
+
+
+# ------------------------------------------------------------------------------------------------ webdataset
+
+
+class TarSource(Source):
+    """Samples of uncompressed tar files in the webdataset layout, read at their offsets; nothing is extracted.
+
+    Neighbouring members that share a name up to its first dot are a sample. Links and special members are left out.
+
+    Args:
+        names: names of the files for messages and the fingerprint.
+        paths: local paths.
+        label: member or JSON key of the labels; None takes `.cls`, else `label` of `.json`; `none` ignores them.
+    """
+
+    kind = "tar files"
+
+    def __init__(self, names: Sequence[str], paths: Sequence[str], *, label: str | None = None) -> None:
+        self.names, self.paths = list(names), list(paths)
+        self.chunks: list[tuple[int, int, list[dict[str, tuple[int, int]]]]] = []  # file, first sample, samples
+        left_out: Counter[str] = Counter()
+        facts, image_bytes = [], 0
+        for f in range(len(self.paths)):
+            samples = self._scan(f, left_out)
+            facts.append((self.names[f], samples))
+            image_bytes += sum(sample["image"][1] for sample in samples)
+            for a in range(0, len(samples), TAR_RUN):
+                self.chunks.append((f, a, samples[a : a + TAR_RUN]))
+        if not self.chunks:
+            raise ValueError(f"{', '.join(self.names[:3])}: the tar files hold no images ({_counts(left_out)})")
+        self.sizes = np.array([len(samples) for _, _, samples in self.chunks], dtype=np.int64)
+        self.bytes_per_row = image_bytes / int(self.sizes.sum())
+        self.num_shards = len(self.names)
+        self._label = self._find_label(label)
+        self.has_labels = self._label is not None
+        self.fingerprint = fingerprint("tar", facts, self._label)
+        self.notes = [f"labels from {'.'.join(self._label)}"] if self._label else []
+        if left_out:
+            self.notes.append(f"left out: {_counts(left_out)}")
+
+    def _scan(self, file: int, left_out: Counter[str]) -> list[dict[str, tuple[int, int]]]:
+        """List the samples of a tar: {"image": (offset, bytes), "cls": ..., "json": ...}."""
+        samples: list[dict[str, tuple[int, int]]] = []
+        path, key = self.paths[file], None
+        try:
+            size = os.path.getsize(path)
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    if member.isdir():
+                        continue
+                    if not member.isreg():
+                        left_out["links or special members"] += 1
+                        continue
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"member {member.name} ends beyond the file")
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, extension = base.partition(".")
+                    if not stem:
+                        continue  # a hidden file, such as macOS' ._name
+                    if (folder, stem) != key:
+                        key = (folder, stem)
+                        samples.append({})
+                    extension = extension.lower()
+                    name = "image" if f".{extension.rpartition('.')[2]}" in EXTENSIONS else extension
+                    samples[-1].setdefault(name, (member.offset_data, member.size))
+                    tar.members = []  # type: ignore[misc]  # or the index of a large tar is held twice
+        except (tarfile.TarError, OSError) as error:
+            raise ValueError(
+                f"{path} is not a readable, uncompressed tar file ({_first_line(error)}); download or unpack it again"
+            ) from error
+        left_out["samples without an image"] += sum("image" not in sample for sample in samples)
+        left_out += Counter()  # drops zeros
+        return [sample for sample in samples if "image" in sample]
+
+    def _find_label(self, label: str | None) -> tuple[str, ...] | None:
+        if label == "none":
+            return None
+        first = self.chunks[0][2][0]
+        wanted = [("cls",), ("json", "label")] if label is None else [(label,), ("json", label)]
+        self._label = None
+        blob = self._blob(0)
+        for where in wanted:
+            if where[0] in first and _tar_label(first, where, blob) is not None:
+                return where
+        if label is None:
+            return None
+        raise ValueError(
+            f"data.label_column={label!r} is neither an integer member nor a JSON key of the first sample of "
+            f"{self.names[0]}, which has {', '.join(sorted(first))}; name one of them, or none"
+        )
+
+    def _blob(self, chunk: int) -> tuple[int, memoryview]:
+        """Read a run of samples at once: (offset, bytes)."""
+        file, _, samples = self.chunks[chunk]
+        spans = [span for sample in samples for span in sample.values()]
+        low, high = min(a for a, _ in spans), max(a + n for a, n in spans)
+        with open(self.paths[file], "rb") as handle:
+            handle.seek(low)
+            data = handle.read(high - low)
+        if len(data) < high - low:
+            raise OSError(f"{self.paths[file]} has become shorter")
+        return low, memoryview(data)
+
+    def read(self, chunk: int) -> Chunk:
+        """Read a run of samples."""
+        _, _, samples = self.chunks[chunk]
+        try:
+            blob = self._blob(chunk)
+        except OSError as error:
+            return unreadable(len(samples), error)
+        found = [_tar_label(sample, self._label, blob) if self._label else None for sample in samples]
+        labels = np.array([-1 if label is None else label for label in found], dtype=np.int64)
+        return Chunk([_cut(blob, sample["image"]) for sample in samples], labels)
+
+    def describe(self, chunk: int, row: int) -> tuple[str, int]:
+        """Name the tar, and the sample counted from its beginning."""
+        file, first, _ = self.chunks[chunk]
+        return self.names[file], first + row
+
+
+def _cut(blob: tuple[int, memoryview], span: tuple[int, int]) -> memoryview:
+    return blob[1][span[0] - blob[0] : span[0] - blob[0] + span[1]]
+
+
+def _tar_label(sample: dict[str, tuple[int, int]], where: tuple[str, ...], blob: tuple[int, memoryview]) -> int | None:
+    if where[0] not in sample:
+        return None
+    text = bytes(_cut(blob, sample[where[0]]))
+    try:
+        value = int(text) if len(where) == 1 else json.loads(text)[where[1]]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {name}" for name, n in counter.most_common(6)) or "nothing at all"
+
+
+# ------------------------------------------------------------------------------------------------ Arrow and digits
+
+
+class ArrowSource(Source):
+    """Rows of a prepared `datasets.Dataset`: for formats without an index of their own.
+
+    Args:
+        dataset: the map-style data set.
+        image: column of the encoded images.
+        label: column of the labels, or None.
+        label_names: names of the classes, or None.
+    """
+
+    kind = "Arrow files"
+
+    def __init__(self, dataset: Any, image: str, label: str | None, label_names: list[str] | None) -> None:
+        self.dataset = dataset.select_columns([image] + ([label] if label else [])).with_format("arrow")
+        self.image_column, self.label_column, self.label_names = image, label, label_names
+        self.has_labels = label is not None
+        files = [f["filename"] for f in dataset.cache_files]
+        self.sizes = np.ones(len(dataset), dtype=np.int64)
+        self.num_shards = max(1, len(files))
+        stored = sum(os.path.getsize(f) for f in files)
+        self.bytes_per_row = stored / max(1, len(dataset)) if stored else None
+        self._name = str(dataset.split or "rows")
+        self.fingerprint = fingerprint("arrow", self._name, len(dataset), stored, dataset.features)
+        self.notes = [f"column {image}"] + ([f"labels from {label}"] if label else [])
+
+    def read(self, chunk: int) -> Chunk:
+        """Read one row; a row that only names a file is read from there, as `datasets` does."""
+        try:
+            table = self.dataset[chunk : chunk + 1]
+            image = encoded_images(table.column(self.image_column))[0]
+            array = table.column(self.image_column).combine_chunks()
+            if image is None and pa.types.is_struct(array.type) and (path := array[0].as_py()["path"]):
+                image = Path(path).read_bytes()
+        except (pa.ArrowInvalid, OSError) as error:
+            return unreadable(1, error)
+        return Chunk([image], self.labels(chunk))
+
+    def labels(self, chunk: int) -> Ints:
+        """Return the label of one row."""
+        if self.label_column is None:
+            return np.full(1, -1, dtype=np.int64)
+        return column_labels(self.dataset[chunk : chunk + 1].column(self.label_column))
+
+    def describe(self, chunk: int, row: int) -> tuple[str, int]:
+        """Name the split, and the row."""
+        return self._name, chunk + row
+
+
+class DigitsSource(Source):
+    """The 1,797 handwritten digits of scikit-learn, 8x8 grey, as PNG files in memory; needs no network.
+
+    Args:
+        split: `train` (1,437 rows) or `test` (360 rows); which row is in which is fixed.
+    """
+
+    kind = "bundled array"
+
+    def __init__(self, split: str) -> None:
+        from PIL import Image
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        order = permutation(len(digits.target), 0)
+        rows = order[:1437] if split == "train" else order[1437:]
+        pixels = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
+        self._images: list[bytes] = []
+        for picture in pixels:
+            out = io.BytesIO()
+            Image.fromarray(picture).save(out, "PNG")
+            self._images.append(out.getvalue())
+        self._labels = digits.target[rows].astype(np.int64)
+        self._rows = rows
+        self.sizes = np.ones(len(rows), dtype=np.int64)
+        self.has_labels, self.label_names = True, [str(i) for i in range(10)]
+        self.bytes_per_row = sum(map(len, self._images)) / len(rows)
+        self.fingerprint = fingerprint("digits", split, hashlib.sha256(pixels.tobytes()).hexdigest())
+        self.where, self.notes = f"digits of scikit-learn, split {split}", []
+
+    def read(self, chunk: int) -> Chunk:
+        """Return one digit."""
+        return Chunk([self._images[chunk]], self._labels[chunk : chunk + 1])
+
+    def labels(self, chunk: int) -> Ints | None:
+        """Return one label."""
+        return self._labels[chunk : chunk + 1]
+
+    def describe(self, chunk: int, row: int) -> tuple[str, int]:
+        """Name the row of scikit-learn's array."""
+        return "digits", int(self._rows[chunk])

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import hashlib
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_mae.models.pos_embed import positions_for, resize_pos_embed, sincos_pos_embed
+
+
+@pytest.mark.parametrize(("dim", "side"), [(48, 4), (64, 7), (32, 4)])
+def test_table_is_the_official_one_bit_for_bit(goldens, dim, side):
+    expected = load_file(goldens / "pos_embed.safetensors")[f"sincos_{dim}_{side}"]
+    assert torch.equal(sincos_pos_embed(dim, (side, side)), expected)
+
+
+def test_table_of_vit_b_has_the_official_hash(golden_numbers):
+    table = sincos_pos_embed(768, (14, 14))
+    digest = hashlib.sha256(table.numpy().tobytes()).hexdigest()
+    assert digest == golden_numbers["pos_embed"]["vit_base_14x14_768_float32_sha256"]
+
+
+@pytest.mark.parametrize(("row", "col"), [(0, 1), (1, 0), (1, 2)])
+def test_cells_computed_by_hand(row, col):
+    table = sincos_pos_embed(8, (2, 3))
+    expected = []
+    for position in (col, row):  # the column comes first
+        angles = [position * 1.0, position * 0.01]
+        expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    torch.testing.assert_close(table[1 + 3 * row + col], torch.tensor(expected), atol=1e-7, rtol=0)  # float32 rounding
+
+
+def test_cls_row_is_zero():
+    assert sincos_pos_embed(8, (2, 3))[0].tolist() == [0] * 8
+
+
+@pytest.mark.parametrize("side", [3, 6])
+def test_bicubic_resize_is_the_official_one(goldens, side):
+    tables = load_file(goldens / "pos_embed.safetensors")
+    resized = resize_pos_embed(tables["interp.source"], (4, 4), (side, side))
+    torch.testing.assert_close(resized, tables[f"interp.to_{side}"], atol=1e-6, rtol=0)  # float32 sums
+
+
+def test_resize_keeps_rows_and_columns_apart():
+    rows = torch.arange(4.0)[:, None].expand(4, 4).reshape(1, 16, 1)  # varies with the row only
+    resized = resize_pos_embed(rows, (4, 4), (8, 2), num_prefix=0).view(8, 2)
+    torch.testing.assert_close(resized[:, 0], resized[:, 1], atol=1e-6, rtol=0)
+    assert bool((resized[1:, 0] > resized[:-1, 0]).all())
+
+
+def test_sincos_at_another_size_is_the_table_of_that_size():
+    table = sincos_pos_embed(8, (2, 2))[None]
+    other = positions_for(table, (2, 2), (3, 5), "sincos", fixed=True)
+    assert torch.equal(other[0], sincos_pos_embed(8, (3, 5)))
+
+
+@pytest.mark.parametrize(
+    ("how", "fixed", "message"),
+    [
+        (None, True, r"pixel_values make 3 x 5 patches, but the model was built for 2 x 2; .*'sincos' or 'bicubic'"),
+        ("sincos", False, r"would replace learned positions; use 'bicubic'"),
+        ("linear", True, r"interpolate_pos_encoding='linear' is unknown; use 'bicubic', 'sincos' or None"),
+    ],
+)
+def test_another_size_needs_a_decision(how, fixed, message):
+    with pytest.raises(ValueError, match=message):
+        positions_for(torch.zeros(1, 5, 8), (2, 2), (3, 5), how, fixed=fixed)

@@ -22,12 +22,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import AutoImageProcessor
 
+from hf_mae.data.images import ImageError, decode_image, eval_image
 from hf_mae.data.loader import Loader, load_examples, steps_per_epoch
-from hf_mae.data.order import Order, choose_lanes_and_window, uniforms
+from hf_mae.data.order import NOISE, Order, choose_lanes_and_window, uniforms
 from hf_mae.data.sources import Source, list_splits, open_source
 from hf_mae.evaluation.features import FeatureQuality
-from hf_mae.evaluation.reconstruction import Pictures
+from hf_mae.evaluation.reconstruction import Pictures, reconstruct
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.masking import mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
@@ -41,9 +43,6 @@ from hf_mae.training.optim import MovingAverage, build_adamw
 from hf_mae.training.schedules import make_plan
 from hf_mae.training.signals import StopSignal
 from hf_mae.training.tasks import Pretraining
-
-MASK_PURPOSE = 8
-"""Keeps the random numbers of the masks apart from those of the crops (`hf_mae.data.order.uniforms`)."""
 
 MAX_MICRO_BATCH = 64
 """Micro-batch when none is given: the largest divisor of a process's share up to this."""
@@ -241,7 +240,7 @@ class MaskNoise:
     def __call__(self, epochs: np.ndarray, positions: np.ndarray) -> dict[str, Tensor]:
         """Return the noise of the samples at these places of the stream."""
         count = num_uniforms(self.config.mask_strategy, self.config.grid)
-        drawn = torch.from_numpy(uniforms(count, self.seed, epochs, positions, MASK_PURPOSE)).float()
+        drawn = torch.from_numpy(uniforms(count, self.seed, epochs, positions, NOISE)).float()
         return {"noise": mask_noise(self.config.mask_strategy, drawn, self.config.grid, self.config.mask_ratio)}
 
 
@@ -507,3 +506,39 @@ def _finish(recipe: Recipe, out: Path, monitor: Monitor, say: _Printer) -> None:
         say(f'model: {whole[-1] / "model"}, load it with hf_mae.MAEModel.from_pretrained("{whole[-1] / "model"}")')
     if recipe.data.path == "digits":
         say("next, on your own images: hf-mae pretrain mae-vit-s --data.path DIR_OR_HUB_ID --global-batch 256")
+
+
+def reconstruct_files(name: str, files: list[Path], out: Path, *, seed: int = 0) -> None:
+    """Write one picture with the reconstructions of image files.
+
+    Args:
+        name: a model folder or a Hub id.
+        files: images of any format that training reads.
+        out: where the picture goes.
+        seed: chooses the masks.
+
+    Raises:
+        ValueError: a file is missing or no image, or the model has no decoder.
+    """
+    model = MAEForPreTraining.from_pretrained(name)
+    config, size = model.config, height_width(model.config.image_size)
+    images = []
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file; name image files")
+        try:
+            images.append(
+                torch.from_numpy(eval_image(decode_image(path.read_bytes(), config.num_channels), size).copy())
+            )
+        except ImageError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from error
+    processor = AutoImageProcessor.from_pretrained(name)
+    rows = np.arange(len(images))
+    pictures = reconstruct(
+        model,
+        torch.stack(images),
+        noise=MaskNoise(config, seed)(np.zeros_like(rows), rows)["noise"],
+        mean=processor.image_mean,
+        std=processor.image_std,
+    )
+    pictures.grid(out)

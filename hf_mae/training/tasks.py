@@ -5,6 +5,7 @@ Accelerate prepares the task, so all training goes through `forward` and the hoo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hf_mae.models.configuration_mae import height_width
 from hf_mae.models.modeling_mae import MAEForPreTraining
 from hf_mae.models.targets import make_target
 
@@ -88,3 +90,25 @@ class Pretraining(nn.Module):
         self.model.config.architectures = [MAEForPreTraining.__name__]  # FSDP2 renames the class of what it wraps
         self.model.config.save_pretrained(folder)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "preprocessor_config.json").write_text(json.dumps(self.processor(), indent=2) + "\n")
+
+    def processor(self) -> dict[str, Any]:
+        """Return the evaluation transform as transformers' BitImageProcessor states it: every field, nothing implied.
+
+        Resize the short side to 256/224 of the crop (bicubic), centre crop, scale to [0, 1], normalise.
+        """
+        height, width = height_width(self.model.config.image_size)
+        return {
+            "image_processor_type": "BitImageProcessor",
+            "do_convert_rgb": self.model.config.num_channels == 3,
+            "do_resize": True,
+            "size": {"shortest_edge": int(max(height, width) * 256 / 224)},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self.mean.flatten().tolist(),
+            "image_std": self.std.flatten().tolist(),
+        }

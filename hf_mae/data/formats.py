@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.errors import HfHubHTTPError
 
 from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.order import Ints, permutation
@@ -43,6 +43,9 @@ T = TypeVar("T")
 # 3,000 to 5,000 requests in five minutes. The rule is part of the fingerprint; changing it ends every remote run.
 REMOTE_CHUNK_BYTES = 32 * 2**20
 REMOTE_CHUNK_ROWS = 1024
+
+# The base of all errors of the HTTP client that huggingface_hub was built on (httpx or httpx2).
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 TAR_RUN = 32
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0)
@@ -205,8 +208,8 @@ class ParquetSource(Source):
             return pq.read_metadata(self.paths[file])
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
-                f"{self.paths[file]} is not a readable Parquet file ({_first_line(error)}); download it again, or move it "
-                "out of the folder"
+                f"{self.paths[file]} is not a readable Parquet file ({_first_line(error)}); download it again, or move "
+                "it out of the folder"
             ) from error
 
     def _remote_footer(self, file: int) -> pq.FileMetaData:
@@ -294,7 +297,7 @@ def retry(action: Callable[[], T], what: str) -> T:
             return action()
         except pa.ArrowMemoryError:
             raise
-        except (OSError, httpx.HTTPError, pa.ArrowException) as error:
+        except (OSError, HTTP_ERROR, pa.ArrowException) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             gone = isinstance(error, FileNotFoundError) or status in (401, 404, 410)
             if gone or pause is None:
@@ -559,7 +562,7 @@ class DigitsSource(Source):
         from PIL import Image
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
+        digits: Any = load_digits()
         order = permutation(len(digits.target), 0)
         rows = order[:1437] if split == "train" else order[1437:]
         pixels = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)  # stored as 0 to 16

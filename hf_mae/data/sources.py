@@ -1,0 +1,517 @@
+"""From `--data.*` to a `Source`: what is at the path, which split, which columns, which commit.
+
+`datasets` resolves what has a convention of its own (README configurations, split names in file names, features,
+revisions of Hub data sets); reading is ours (`hf_mae.data.formats`). Everything that can be wrong with a path, a split
+or a column is found here, before the first step. Remote code is never run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from hf_mae.data.formats import (
+    HTTP_ERROR,
+    ArrowSource,
+    DigitsSource,
+    FolderSource,
+    ParquetSource,
+    Source,
+    TarSource,
+)
+from hf_mae.data.images import EXTENSIONS
+from hf_mae.recipes.base import Data
+
+IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values")
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "target", "cls", "category", "y")
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+
+__all__ = ["Source", "choose_columns", "list_splits", "open_source"]
+
+
+def open_source(data: Data, split: str | None = None) -> Source:
+    """Open the images of a recipe.
+
+    Args:
+        data: the recipe's `data` group. `path` is `digits`, a local folder or file, or a Hub id.
+        split: overrides `data.split`.
+
+    Returns:
+        An index of the images; nothing but metadata has been read, unless the format has no index.
+
+    Raises:
+        ValueError: path, split, column, configuration or a file has to be changed; says what was found.
+        RuntimeError: the network failed.
+    """
+    wanted = split if split is not None else data.split
+    if not data.path:
+        raise ValueError("data.path is empty; pass --data.path with a folder of images, a Hub id, or digits")
+    if data.path == "digits":
+        return DigitsSource(_choose_split(wanted, ["train", "test"], data))
+    if (local := Path(data.path).expanduser()).exists():
+        return _open_local(local, data, wanted)
+    return _open_hub(data, wanted)
+
+
+def list_splits(data: Data) -> list[str]:
+    """List the splits of a data set; empty where they cannot be found out."""
+    if data.path == "digits":
+        return ["train", "test"]
+    local = Path(data.path).expanduser()
+    try:
+        if not local.exists():
+            return list(_builder(data).config.data_files or {})
+        if local.is_file():
+            return ["train"]
+        found = _scan(local)
+        if found.kind == "images":
+            return list(_split_folders(found)) or ["train"]
+        return list(_data_files(local, found, data)) if found.kind else []
+    except (ValueError, RuntimeError):
+        return []
+
+
+# ------------------------------------------------------------------------------------------------ local paths
+
+
+@dataclass
+class _Found:
+    """What lies in a folder."""
+
+    images: list[tuple[str, int]] = field(default_factory=list)
+    parquet: list[str] = field(default_factory=list)
+    tar: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    links: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The format with the most files; empty if there is none we index ourselves."""
+        kinds = {"parquet": self.parquet, "tar": self.tar, "images": self.images}
+        best = max(kinds, key=lambda k: len(kinds[k]))
+        return best if kinds[best] else ""
+
+    def left_out(self) -> list[str]:
+        """Say what the scan saw and did not take."""
+        notes = []
+        if self.others:
+            counts = ", ".join(f"{n:,} {ending}" for ending, n in self.others.most_common(6))
+            notes.append(f"other files left out: {counts}")
+        if self.links:
+            notes.append(f"{self.links:,} links that lead out of the folder, or nowhere, were not followed")
+        return notes
+
+
+def _scan(root: Path) -> _Found:
+    """List a folder without following links out of it; hidden names are skipped."""
+    found, real = _Found(), root.resolve()
+
+    def walk(folder: str, prefix: str) -> None:
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda e: e.name)
+        for entry in listed:
+            name = prefix + entry.name
+            if entry.name.startswith((".", "__MACOSX")):
+                continue
+            if entry.is_symlink() and not _stays_inside(Path(entry.path), real):
+                found.links += 1
+            elif entry.is_dir(follow_symlinks=False):
+                walk(entry.path, name + "/")
+            elif entry.is_file():
+                ending = os.path.splitext(entry.name)[1].lower()
+                if ending in EXTENSIONS:
+                    found.images.append((name, entry.stat().st_size))
+                elif ending == ".parquet":
+                    found.parquet.append(name)
+                elif ending == ".tar":
+                    found.tar.append(name)
+                else:
+                    found.others[ending or "without an extension"] += 1
+
+    walk(str(root), "")
+    return found
+
+
+def _stays_inside(link: Path, root: Path) -> bool:
+    try:
+        target = link.resolve(strict=True)
+    except (OSError, RuntimeError):  # dangling, or a circle
+        return False
+    return target.is_file() and target.is_relative_to(root)
+
+
+def _open_local(path: Path, data: Data, split: str | None) -> Source:
+    if path.is_file():
+        _choose_split(split, ["train"], data)
+        if path.suffix.lower() == ".parquet":
+            return _named(ParquetSource([path.name], [str(path)], choose=_chooser(data)), str(path))
+        if path.suffix.lower() == ".tar":
+            return _named(TarSource([path.name], [str(path)], label=data.label_column), str(path))
+        raise ValueError(
+            f"data.path={data.path!r} is a {path.suffix or 'plain'} file; a path is a folder, a .parquet or a .tar file"
+        )
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _open_saved(path, data, split)
+    found = _scan(path)
+    if found.kind == "images":
+        return _open_folder(path, found, data, split)
+    if found.kind:
+        splits = _data_files(path, found, data)
+        chosen = _choose_split(split, list(splits), data)
+        names = splits[chosen]
+        source = _open_indexed(found.kind, names, [str(path / name) for name in names], data)
+        return _named(source, f"{path}, split {chosen}")
+    if set(found.others) & {".csv", ".json", ".jsonl", ".arrow", ".lance", ".zip"}:
+        return _open_prepared(data, split, None, ", ".join(sorted(found.others)))
+    raise ValueError(
+        f"data.path={data.path!r} holds no images, Parquet or tar files "
+        f"({'; '.join(found.left_out()) or 'it is empty'}); images end in {', '.join(sorted(EXTENSIONS))}"
+    )
+
+
+def _open_folder(root: Path, found: _Found, data: Data, split: str | None) -> Source:
+    folders = _split_folders(found)
+    chosen = _choose_split(split, list(folders) or ["train"], data)
+    files, notes = found.images, found.left_out()
+    if data.image_column is not None:
+        raise ValueError(f"data.image_column={data.image_column!r}: a folder of images has no columns; leave it out")
+    if folders:
+        prefix = folders[chosen] + "/"
+        files = [(name[len(prefix) :], size) for name, size in files if name.startswith(prefix)]
+        root = root / folders[chosen]
+    source = FolderSource(root, files, use_labels=data.label_column != "none")
+    source.notes += notes
+    return _named(source, f"{root}, split {chosen}")
+
+
+def _split_folders(found: _Found) -> dict[str, str]:
+    """Map split to first-level folder, where those folders are splits: one of them is train, or all are split names."""
+    tops = {name.split("/", 1)[0] if "/" in name else "" for name, _ in found.images}
+    named = {split: top for split, aliases in SPLIT_NAMES.items() for top in sorted(tops) if top.lower() in aliases}
+    return named if "train" in named or (named and len(named) == len(tops)) else {}
+
+
+def _open_indexed(kind: str, names: Sequence[str], paths: Sequence[str], data: Data) -> Source:
+    if kind == "parquet":
+        return ParquetSource(names, paths, choose=_chooser(data))
+    return TarSource(names, paths, label=data.label_column)
+
+
+def _data_files(root: Path, found: _Found, data: Data) -> dict[str, list[str]]:
+    """Let `datasets` assign the files of a folder to splits, by README or by name: {split: names below the root}."""
+    from datasets import load_dataset_builder
+
+    module, ours = {"parquet": ("parquet", found.parquet), "tar": ("webdataset", found.tar)}[found.kind]
+    base = str(root.resolve())
+    builder: Any = _builder(Data(path=base, name=data.name))
+    if module not in type(builder).__module__:  # there are more files of another kind, such as one JSON per shard
+        builder = load_dataset_builder(module, data_dir=base)
+    splits: dict[str, list[str]] = {}
+    for split, paths in builder.config.data_files.items():
+        names = [Path(os.path.relpath(path, base)).as_posix() for path in paths]
+        if inside := [name for name in names if name in set(ours)]:
+            splits[str(split)] = inside
+    return splits
+
+
+# ------------------------------------------------------------------------------------------------ the Hub
+
+
+def _open_hub(data: Data, split: str | None) -> Source:
+    builder = _builder(data)
+    data_files = {str(s): [str(f) for f in files] for s, files in (builder.config.data_files or {}).items()}
+    module = type(builder).__module__.rpartition(".")[2]
+    if not data_files or module == "cache":  # offline, with a copy prepared earlier
+        return _open_prepared(data, split, data.revision, module)
+    chosen = _choose_split(split, list(data_files), data)
+    files = [_parse(url) for url in data_files[chosen]]
+    if None in files or len({(f.repo, f.revision) for f in files if f}) != 1:
+        return _open_prepared(data, split, data.revision, f"{module} files outside the repository")
+    parsed = [f for f in files if f is not None]
+    repo, revision = parsed[0].repo, _commit(parsed[0].repo, parsed[0].revision)
+    names = [f.path for f in parsed]
+    endings = {os.path.splitext(name)[1].lower() for name in names}
+
+    if module == "parquet" and data.streaming:
+        from huggingface_hub import HfFileSystem
+
+        paths = [f"datasets/{repo}@{revision}/{name}" for name in names]
+        source: Source = ParquetSource(
+            names, paths, choose=_chooser(data, builder.info.features), filesystem=HfFileSystem()
+        )
+    elif module == "parquet":
+        source = ParquetSource(names, _download(repo, revision, names), choose=_chooser(data, builder.info.features))
+        source.notes.append("downloaded to the Hub cache")
+    elif module == "webdataset" and endings == {".tar"}:
+        source = TarSource(names, _download(repo, revision, names), label=data.label_column)
+        source.notes.append("downloaded to the Hub cache: a remote tar has no index to read by ranges")
+    elif module == "imagefolder" and endings <= EXTENSIONS:
+        source = _hub_folder(names, _download(repo, revision, names), data)
+        source.notes.append("downloaded to the Hub cache: one request an image would be slower")
+    else:
+        return _open_prepared(data, chosen, revision, f"{module} files ({', '.join(sorted(endings))})")
+    source.revision = revision
+    return _named(source, f"{data.path} on the Hub, split {chosen}")
+
+
+def _hub_folder(names: Sequence[str], paths: Sequence[str], data: Data) -> Source:
+    common = os.path.commonpath([os.path.dirname(name) for name in names])
+    cut = len(common) + 1 if common else 0
+    root = Path(paths[0]).parents[names[0].count("/")] / common
+    files = [(name[cut:], os.path.getsize(path)) for name, path in zip(names, paths, strict=True)]
+    return FolderSource(root, files, use_labels=data.label_column != "none")
+
+
+@dataclass(frozen=True)
+class _HubFile:
+    repo: str
+    revision: str
+    path: str
+
+
+def _parse(url: str) -> _HubFile | None:
+    match = re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", url)
+    return _HubFile(match[1], unquote(match[2]), match[3]) if match and "::" not in url else None
+
+
+def _commit(repo: str, revision: str) -> str:
+    """Return the commit a revision points to now; what is pinned stays the same while the branch moves on."""
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    sha = HfApi().dataset_info(repo, revision=revision).sha
+    assert sha is not None
+    return sha
+
+
+def _download(repo: str, revision: str, names: Sequence[str]) -> list[str]:
+    """Fetch files to the Hub cache, unless they are there; return their paths."""
+    from huggingface_hub import hf_hub_download
+
+    def fetch(name: str) -> str:
+        return hf_hub_download(repo, name, repo_type="dataset", revision=revision)
+
+    try:
+        with ThreadPoolExecutor(8, thread_name_prefix="download") as pool:
+            return list(pool.map(fetch, names))
+    except (OSError, HTTP_ERROR) as error:
+        raise RuntimeError(
+            f"could not download {repo} at {revision}: {_line(error)}; start again, what has arrived is kept"
+        ) from error
+
+
+def _builder(data: Data) -> Any:
+    """Resolve a path with `datasets`, in our words where it fails."""
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetNotFoundError
+
+    path = Path(data.path).expanduser()
+    named = f"data.path={data.path!r}"
+    local = path.exists()
+    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.path):
+        raise ValueError(f"{named}: no such folder or file, and not the form of a Hub id{_nearby(path)}")
+    try:
+        return load_dataset_builder(str(path) if local else data.path, name=data.name, revision=data.revision)
+    except DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise ValueError(
+                f"{named} is gated; accept its conditions on its page on the Hub, then log in with `hf auth login`"
+            ) from error
+        raise ValueError(
+            f"{named} is neither a folder or file (looked for {path.absolute()}) nor a data set on the Hub that this "
+            f"token may read ({_line(error)}){_nearby(path)}"
+        ) from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{named} holds no data files ({_line(error)})") from error
+    except (OSError, HTTP_ERROR) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if local or (status is not None and status >= 500):
+            raise RuntimeError(f"{named} could not be opened: {_line(error)}; try again later") from error
+        raise ValueError(
+            f"{named} is not a folder or file (looked for {path.absolute()}), and the Hub cannot be reached "
+            f"({_line(error)}){_nearby(path)}; correct the path, or go online (is HF_HUB_OFFLINE set?)"
+        ) from error
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        raise ValueError(
+            f"{named} is built by a script, and remote code is never run ({_line(error)}); use a data set of files, or "
+            "its Parquet copy with --data.revision refs/convert/parquet"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{named}, data.name={data.name!r}: {_line(error)}; name a configuration with --data.name"
+        ) from error
+
+
+def _nearby(path: Path) -> str:
+    try:
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# ------------------------------------------------------------------------------------------------ Arrow copies
+
+
+def _open_prepared(data: Data, split: str | None, revision: str | None, what: str) -> Source:
+    """Convert a format without an index to Arrow, if the user agreed to a copy."""
+    if data.streaming:
+        raise ValueError(
+            f"data.path={data.path!r} with data.streaming=True: {what} cannot be read in random order; pass "
+            "--data.streaming False to prepare an Arrow copy on this disk first"
+        )
+    from datasets import DownloadMode, load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    local = Path(data.path).expanduser()
+    try:
+        prepared = load_dataset(
+            str(local) if local.exists() else data.path,
+            data.name,
+            revision=revision,
+            download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS,
+        )
+    except (DatasetGenerationError, OSError, HTTP_ERROR, ValueError) as error:
+        raise ValueError(f"data.path={data.path!r} could not be prepared: {_line(error)}") from error
+    source = _arrow(prepared, data, split)
+    source.revision = revision
+    source.notes.append("prepared as an Arrow copy")
+    return source
+
+
+def _open_saved(path: Path, data: Data, split: str | None) -> Source:
+    from datasets import load_from_disk
+
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"data.path={data.path!r} is not a whole `save_to_disk` folder: {_line(error)}") from error
+    return _arrow(saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}, data, split)
+
+
+def _arrow(prepared: Any, data: Data, split: str | None) -> Source:
+    chosen = _choose_split(split, [str(s) for s in prepared], data)
+    dataset = prepared[chosen]
+    if not len(dataset):
+        raise ValueError(f"data.path={data.path!r}, split {chosen}: holds no rows")
+    schema = dataset.features.arrow_schema
+    source = ArrowSource(dataset, *choose_columns(schema, data, dataset.features))
+    return _named(source, f"{data.path}, split {chosen}")
+
+
+# ------------------------------------------------------------------------------------------------ inference
+
+
+def _named(source: Source, where: str) -> Source:
+    source.where = where
+    return source
+
+
+def _choose_split(wanted: str | None, available: Sequence[str], data: Data) -> str:
+    """Pick a split: the wanted one (val, valid and dev mean validation), else train, else the only one."""
+    if wanted is None:
+        if "train" in available or len(available) == 1:
+            return "train" if "train" in available else available[0]
+        raise ValueError(
+            f"data.path={data.path!r} has no split train; name one with --data.split: {', '.join(available)}"
+        )
+    same = next((aliases for aliases in SPLIT_NAMES.values() if wanted in aliases), (wanted,))
+    for name in (wanted, *same):
+        if name in available:
+            return name
+    raise ValueError(f"data.split={wanted!r} is not a split of {data.path}; it has {', '.join(available)}")
+
+
+def _chooser(data: Data, features: Any | None = None) -> Any:
+    return lambda schema: choose_columns(schema, data, features)
+
+
+def choose_columns(
+    schema: pa.Schema, data: Data, features: Any | None = None
+) -> tuple[str, str | None, list[str] | None]:
+    """Find the column of encoded images, and that of integer labels.
+
+    By feature type first (Image, ClassLabel), then by name; a wish is checked.
+
+    Args:
+        schema: of the files.
+        data: `image_column` and `label_column` are the wishes; label `none` ignores labels.
+        features: `datasets.Features` from elsewhere (a README); None reads them from the schema.
+
+    Returns:
+        (image column, label column or None, class names or None).
+
+    Raises:
+        ValueError: a wish names no such column, or one of another type, or no column holds images; lists the columns.
+    """
+    from datasets import ClassLabel, Features, Image
+
+    known: Any = features or Features.from_arrow_schema(schema)
+    columns = {name: schema.field(name).type for name in schema.names}
+    listing = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in columns.items())
+    encoded = [name for name, kind in columns.items() if _holds_bytes(kind)]
+
+    image = data.image_column
+    if image is None:
+        typed = [name for name in encoded if isinstance(known.get(name), Image)]
+        structs = [name for name in encoded if pa.types.is_struct(columns[name])]
+        candidates = typed or structs or encoded
+        by_name = [name for wish in IMAGE_NAMES for name in candidates if name.lower() == wish]
+        image = next(_first(by_name, typed, candidates if len(candidates) == 1 else []), None)
+        if image is None:
+            raise ValueError(f"no column is clearly one of encoded images: {listing}; name it with --data.image-column")
+    elif image not in encoded:
+        why = "is not a column" if image not in columns else f"holds {_type_name(columns[image])}, not encoded images"
+        raise ValueError(f"data.image_column={image!r} {why}; the columns are {listing}")
+
+    integers = [name for name, kind in columns.items() if pa.types.is_integer(kind) or pa.types.is_boolean(kind)]
+    label = data.label_column
+    if label == "none":
+        return image, None, None
+    if label is None:
+        typed = [name for name in integers if isinstance(known.get(name), ClassLabel)]
+        by_name = [name for wish in LABEL_NAMES for name in typed or integers if name.lower() == wish]
+        label = next(_first(by_name, typed), None)
+    elif label not in integers:
+        why = "is not a column" if label not in columns else f"holds {_type_name(columns[label])}, not integers"
+        raise ValueError(f"data.label_column={label!r} {why}; the columns are {listing}; none ignores labels")
+    described = known.get(label) if label else None
+    return image, label, list(described.names) if isinstance(described, ClassLabel) and described.names else None
+
+
+def _first(*lists: Sequence[str]) -> Iterator[str]:
+    for candidates in lists:
+        yield from candidates
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _type_name(kind: pa.DataType) -> str:
+    return "image" if pa.types.is_struct(kind) and _holds_bytes(kind) else str(kind)

@@ -1,0 +1,228 @@
+"""Pretraining as a user starts it: run folder, resume, errors that teach, everything on the bundled digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
+from hf_mae.cli import main
+from hf_mae.pretrain import MaskNoise, pretrain
+from hf_mae.recipes.base import Data, Evals
+from hf_mae.recipes.mae import QUICKSTART
+
+CLOCK = {"images_per_second", "seconds_waiting_for_data", "waiting_share"}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    model = replace(QUICKSTART.model, hidden_size=16, num_hidden_layers=1, decoder_hidden_size=16)
+    return replace(
+        QUICKSTART,
+        out=str(tmp_path / "run"),
+        max_steps=12,
+        global_batch=64,
+        log_every=5,
+        save_every=6,
+        eval_every=8,
+        num_workers=0,
+        model=replace(model, decoder_num_hidden_layers=1),
+        evals=Evals(train_examples=300, test_examples=100, pictures=2),
+    )
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def clockless(folder):
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows(folder)]
+
+
+def test_a_run_leaves_all_its_records(recipe):
+    out = pretrain(recipe)
+    assert json.loads((out / "recipe.json").read_text())["global_batch"] == 64
+    start = json.loads((out / "environment.json").read_text())["starts"][0]
+    assert start["processes"] == 1
+    assert start["packages"]["torch"] == torch.__version__.split("+")[0] or "+" in start["packages"]["torch"]
+    assert [(r["step"], "loss" in r, "knn_accuracy" in r) for r in rows(out)] == [
+        (0, False, True),
+        (5, True, False),
+        (8, False, True),
+        (10, True, False),
+        (12, True, False),
+        (12, False, True),
+    ]
+    assert sorted(p.name for p in (out / "pictures").iterdir()) == [f"step_{s:08d}.png" for s in (0, 8, 12)]
+    assert (out / "last").read_text().strip() == "step_00000012"
+    model = MAEForPreTraining.from_pretrained(out / "checkpoints" / "step_00000012" / "model")
+    assert model.config.image_size == 8
+    assert MAEModel.from_pretrained(out / "checkpoints" / "step_00000012" / "model").num_parameters() > 0
+
+
+def test_the_same_command_on_a_finished_run_does_nothing(recipe, capsys):
+    out = pretrain(recipe)
+    before = clockless(out)
+    pretrain(recipe)
+    assert clockless(out) == before
+    assert "this run is finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_from_the_middle_equals_never_stopping(recipe, tmp_path, workers):
+    recipe = replace(recipe, num_workers=workers)
+    out = pretrain(recipe)
+    other = tmp_path / "resumed"
+    shutil.copytree(out, other)
+    shutil.rmtree(other / "checkpoints" / "step_00000012")
+    pretrain(replace(recipe, out=str(other), num_workers=2 - workers))
+    assert clockless(other) == clockless(out)
+    names = ("model/model.safetensors", "training_state/optimizer.safetensors", "training_state/state.json")
+    for name in names:
+        a, b = (folder / "checkpoints" / "step_00000012" / name for folder in (out, other))
+        assert a.read_bytes() == b.read_bytes(), name
+    assert len(json.loads((other / "environment.json").read_text())["starts"]) == 2
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_word(recipe, capsys):
+    out = pretrain(recipe)
+    expected = clockless(out)
+    (out / "checkpoints" / "step_00000012" / "recipe.json").write_text("{}")
+    pretrain(recipe)
+    assert "skipping damaged checkpoint" in (said := capsys.readouterr().err)
+    assert "resuming at step 6 of 12" in said
+    assert clockless(out) == expected
+
+
+def test_another_recipe_is_refused_with_the_fields_that_differ(recipe):
+    pretrain(recipe)
+    with pytest.raises(ValueError, match=r"model.mask_ratio was 0.75, is 0.5; schedule.warmup_epochs was 10, is 3\."):
+        pretrain(
+            replace(
+                recipe,
+                model=replace(recipe.model, mask_ratio=0.5),
+                schedule=replace(recipe.schedule, warmup_epochs=3),
+            )
+        )
+
+
+def test_other_data_is_refused(recipe, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(70):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f"{i}.png")
+    own = replace(recipe, data=Data(path=str(folder)), evals=Evals(knn=False, pictures=0))
+    pretrain(own)
+    (folder / "0.png").rename(folder / "zero.png")
+    with pytest.raises(ValueError, match="other data or in another order: fingerprint was"):
+        pretrain(own)
+
+
+def test_resume_never_protects_a_run(recipe):
+    pretrain(recipe)
+    with pytest.raises(ValueError, match="resume=never but out=.* holds a run"):
+        pretrain(replace(recipe, resume="never"))
+
+
+def test_resume_takes_a_run_folder_or_a_checkpoint_of_another_run(recipe, tmp_path):
+    out = pretrain(recipe)
+    again = replace(recipe, out=str(tmp_path / "again"), resume=str(out / "checkpoints" / "step_00000006"))
+    other = pretrain(again)
+    names = [folder / "checkpoints" / "step_00000012" / "model" / "model.safetensors" for folder in (out, other)]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    with pytest.raises(ValueError, match="is neither auto, never, nor a checkpoint folder"):
+        pretrain(replace(recipe, out=str(tmp_path / "third"), resume=str(tmp_path)))
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_training(recipe, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"out=.*file/run cannot be written .* choose another --out"):
+        pretrain(replace(recipe, out=str(tmp_path / "file" / "run")))
+
+
+def test_unlabelled_data_runs_without_knn(recipe, tmp_path, capsys):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(70):
+        Image.fromarray(rng.integers(0, 256, (12, 10), np.uint8)).save(folder / f"{i}.png")
+    out = pretrain(replace(recipe, data=Data(path=str(folder)), evals=Evals()))
+    assert "kNN: off, the training split has no labels" in capsys.readouterr().err
+    assert "rankme" in rows(out)[0]
+    assert "knn_accuracy" not in rows(out)[0]
+
+
+def test_masks_depend_on_the_place_in_the_stream_alone():
+    noise = MaskNoise(MAEConfig(image_size=32, patch_size=8), seed=3)
+    together = noise(np.array([0, 0, 1]), np.array([5, 6, 5]))["noise"]
+    assert torch.equal(together[1:2], noise(np.array([0]), np.array([6]))["noise"])
+    assert not torch.equal(together[0], together[2])
+    assert together.shape == (3, 16)
+    assert together.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], "command 'pretrian' is unknown; did you mean pretrain?"),
+        (["pretrain", "mae-vit-x-800ep"], "preset 'mae-vit-x-800ep' is unknown; did you mean mae-vit-"),
+        (["pretrain", "mae-vit-b"], "data.path is empty; name a folder"),
+        (["pretrain", "--model.patch-size", "3"], "image_size=8 is not a multiple of patch_size=3; use 6 or 9"),
+        (["pretrain", "--model.mask-ratio", "0.99"], "mask_ratio=0.99"),
+        (["pretrain", "--global-batch", "64", "--micro-batch", "7"], "micro_batch=7 does not divide"),
+        (["pretrain", "--epochs", "5"], "warmup_epochs=10 must be at least 0 and below epochs=5"),
+        (["pretrain", "--data.path", "no/such/folder"], "no/such/folder"),
+        (["pretrain", "--engine.expect-processes", "4"], "expect_processes=4 but 1 process(es) started"),
+        (["pretrain", "--augment.mean", "0.5", "0.5"], "augment.mean=(0.5, 0.5) has 2 values but model.num_channels=1"),
+    ],
+)
+def test_mistakes_end_with_one_sentence_and_no_traceback(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) in {1, 2}
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("runs/*/checkpoints/step_*"))
+
+
+def test_list_and_help_say_what_there_is(capsys):
+    main(["pretrain", "--list"])
+    listed = capsys.readouterr().out
+    assert "mae-vit-l-1600ep" in listed
+    assert "paper, Table 3: 85.9 % fine-tuned" in listed
+    main(["--help"])
+    assert "hf-mae pretrain [PRESET]" in capsys.readouterr().out
+
+
+def test_reconstruct_draws_one_picture(recipe, tmp_path, capsys):
+    out = pretrain(recipe)
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(20, 15)).save(tmp_path / "a.png")
+    model = str(out / "checkpoints" / "step_00000012" / "model")
+    main(["reconstruct", model, str(tmp_path / "a.png"), "--out", str(tmp_path / "r.png")])
+    with Image.open(tmp_path / "r.png") as picture:
+        assert picture.width > picture.height
+    (tmp_path / "b.png").write_text("no picture")
+    assert run("reconstruct", model, str(tmp_path / "b.png")) == 2
+    assert "b.png cannot be used: not a known image format" in capsys.readouterr().err
+
+
+def test_tensorboard_receives_the_numbers(recipe):
+    pytest.importorskip("tensorboard", reason="the extra [track] is not installed")
+    out = pretrain(replace(recipe, engine=replace(recipe.engine, track="tensorboard")))
+    assert any(os.path.getsize(p) > 100 for p in (out / "events").iterdir())

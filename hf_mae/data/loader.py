@@ -1,0 +1,513 @@
+"""Batches of pixels for one rank, the same whatever decodes them.
+
+`num_workers` threads, or processes, or none, fill slots of a uint8 batch; the order is that of the stream, so neither
+their kind nor their number can matter. A batch carries its positions and the cursor after it: save the cursor of the
+last batch trained on, never the reader's, which is ahead.
+
+A picture that cannot be decoded is replaced by the next good row of its chunk, then of the chunks after it: a function
+of (chunk, row) alone, so all ranks, workers and restarts agree. It is listed, and too many stop the run.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hf_mae.data.formats import Buffer, Chunk, Source
+from hf_mae.data.images import NUM_UNIFORMS, ImageError, augment_image, decode_image, eval_image
+from hf_mae.data.order import EXAMPLES, Ints, Order, permutation, uniforms
+from hf_mae.data.stream import Piece, Remainder, Stream, check_state, loader_state, steps_per_epoch
+from hf_mae.recipes.base import Augment
+
+__all__ = [
+    "BadSample",
+    "Batch",
+    "Loader",
+    "Stream",
+    "check_state",
+    "load_examples",
+    "loader_state",
+    "steps_per_epoch",
+]
+
+Extras = Callable[[Ints, Ints], Mapping[str, Tensor]]
+Failures = list[tuple[int, str]]
+
+THREAD_GROUP = 8
+"""Images a thread decodes before it looks for other work."""
+PROCESS_GROUP = 64
+"""Images sent to a process at once."""
+IMAGES_AHEAD = 2048
+"""Decoded ahead of the training step, within one to eight batches."""
+EXAMPLE_CHUNKS = 64
+"""Chunks that `load_examples` takes its rows from, where they hold enough."""
+
+
+class BadSample(TypedDict):
+    """A sample whose picture was replaced."""
+
+    batch: int
+    """Number of the global batch, from 0."""
+    epoch: int
+    position: int
+    shard: str
+    row: int
+    reason: str
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch; n samples."""
+
+    pixel_values: Tensor
+    """uint8 [n, C, H, W]."""
+    labels: Tensor
+    """int64 [n], -1 where there is none."""
+    epochs: Ints
+    positions: Ints
+    extras: dict[str, Tensor]
+    cursor: int
+    """Global batches consumed, including this one."""
+    bad: list[BadSample]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a task needs."""
+        return {"pixel_values": self.pixel_values, "labels": self.labels, **self.extras}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """From encoded images and their places in the stream to pixels; plain data, so that it can be sent to a process."""
+
+    seed: int
+    augment: Augment
+    image_size: tuple[int, int]
+    channels: int
+    max_pixels: int
+
+    def __call__(
+        self, images: Sequence[Buffer | None], epochs: Ints, positions: Ints, out: npt.NDArray[np.uint8]
+    ) -> Failures:
+        """Fill out [n, C, H, W]; return (slot, reason) of those that could not be decoded."""
+        draws = uniforms(NUM_UNIFORMS, self.seed, epochs, positions)
+        failures: Failures = []
+        for slot, (data, u) in enumerate(zip(images, draws, strict=True)):
+            try:
+                image = decode_image(data, self.channels, max_pixels=self.max_pixels)
+            except ImageError as error:
+                failures.append((slot, str(error)))
+                continue
+            out[slot] = augment_image(image, u, self.image_size, self.augment)
+        return failures
+
+
+class Loader:
+    """An endless iterator over the batches of one rank; also a context manager.
+
+    Args:
+        source: from `open_source`.
+        order: of its chunks.
+        augment: from picture to `image_size`.
+        image_size: (height, width) in pixels.
+        channels: 3 or 1.
+        global_batch: samples of all ranks together; a multiple of `world`.
+        rank: of this process.
+        world: number of processes.
+        cursor: global batches consumed before.
+        stop: global batch to end at, None for never.
+        remainder: `carry` or `drop`, see `hf_mae.recipes.base.Data`.
+        num_workers: decoders; 0 decodes in `next()`.
+        worker_kind: threads, or processes for more than about eight cores a rank.
+        max_bad_fraction: of the rows; more stop the run.
+        max_pixels: largest picture that is decoded.
+        extras: (epochs [n], positions [n]) to more tensors of the batch, such as mask noise; called in a worker thread.
+        depth: batches decoded ahead; None is what makes about 2,048 images.
+        ahead: see `Stream`.
+        readers: see `Stream`.
+
+    Attributes:
+        seconds_waiting: wall-clock seconds the consumer spent in `next()`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        *,
+        augment: Augment,
+        image_size: tuple[int, int],
+        channels: int,
+        global_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        cursor: int = 0,
+        stop: int | None = None,
+        remainder: Remainder = "carry",
+        num_workers: int = 2,
+        worker_kind: Literal["thread", "process"] = "thread",
+        max_bad_fraction: float = 0.01,
+        max_pixels: int = 89_478_485,
+        extras: Extras | None = None,
+        depth: int | None = None,
+        ahead: float = 0.5,
+        readers: int = 4,
+    ) -> None:
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} must not be negative")
+        self.seconds_waiting = 0.0
+        self._source, self._order = source, order
+        self._decoder = Decoder(order.seed, augment, image_size, channels, max_pixels)
+        self._stream = Stream(
+            source,
+            order,
+            global_batch=global_batch,
+            rank=rank,
+            world=world,
+            cursor=cursor,
+            stop=stop,
+            remainder=remainder,
+            ahead=ahead,
+            readers=readers,
+        )
+        self._cursor, self._stop = cursor, stop
+        self._extras, self._num_workers = extras, num_workers
+        share = global_batch // world
+        self._depth = depth if depth is not None else min(8, max(1, IMAGES_AHEAD // share))
+        self._max_bad_fraction = max_bad_fraction
+        self._bad: dict[tuple[int, int], str] = {}
+        self._spare: deque[tuple[int, Chunk]] = deque(maxlen=2)
+        engine = self._inline if not num_workers else self._threads if worker_kind == "thread" else self._processes
+        self._batches: Generator[Batch, None, None] = engine()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Return itself: a loader is one pass that never ends before `stop`."""
+        return self
+
+    def __next__(self) -> Batch:
+        """Return the next batch, waiting for it if need be."""
+        began = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            if self._stop is not None and self._cursor >= self._stop:
+                raise
+            raise RuntimeError("this loader was closed, or failed before; make a new one at the cursor") from None
+        finally:
+            self.seconds_waiting += time.perf_counter() - began
+        self._cursor = batch.cursor
+        return batch
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all threads and processes; waits for the image or chunk each is at."""
+        self._batches.close()
+        self._stream.close()  # the engine has done so if it ever ran
+
+    # -------------------------------------------------------------------------------------------- who decodes
+
+    def _inline(self) -> Generator[Batch, None, None]:
+        try:
+            for piece in self._stream:
+                pixels = self._empty(len(piece))
+                failures = self._decode(piece, pixels.numpy(), 0, len(piece))
+                yield self._finish(piece, pixels, failures, self._make_extras(piece))
+        finally:
+            self._stream.close()
+
+    def _threads(self) -> Generator[Batch, None, None]:
+        pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
+        queue: deque[tuple[Piece, Tensor, list[Future[Failures]], Future[dict[str, Tensor]]]] = deque()
+
+        def take() -> Batch:
+            piece, pixels, jobs, extras = queue.popleft()
+            failures = [failure for job in jobs for failure in job.result()]
+            return self._finish(piece, pixels, failures, extras.result())
+
+        try:
+            for piece in self._stream:
+                pixels, n = self._empty(len(piece)), len(piece)
+                jobs = [
+                    pool.submit(self._decode, piece, pixels.numpy(), a, min(a + THREAD_GROUP, n))
+                    for a in range(0, n, THREAD_GROUP)
+                ]
+                queue.append((piece, pixels, jobs, pool.submit(self._make_extras, piece)))
+                if len(queue) > self._depth:
+                    yield take()
+            while queue:
+                yield take()
+        finally:
+            # Reading first: a decoder may be waiting for a chunk.
+            self._stream.close()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _processes(self) -> Generator[Batch, None, None]:
+        """Feed a stock DataLoader: order and reading stay here, a worker is a pure function of what it is sent."""
+        pending: deque[Piece] = deque()
+        share = self._stream.global_batch // self._stream.world
+        groups = -(-share // PROCESS_GROUP)
+        loader = DataLoader(
+            _Decoding(self._decoder),
+            sampler=_Feed(self._work, pending),
+            batch_size=None,
+            num_workers=self._num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_parent,
+            prefetch_factor=max(2, -(-(self._depth + 1) * groups // self._num_workers)),
+            generator=torch.Generator(),  # else it draws from the global one
+        )
+        # The workers start before the threads that read: forking a process with threads can deadlock.
+        results = iter(loader)
+        try:
+            for first in results:
+                parts = [first, *(next(results) for _ in range(groups - 1))]
+                pixels = parts[0][0] if groups == 1 else torch.cat([part[0] for part in parts])
+                failures = [(PROCESS_GROUP * i + s, why) for i, part in enumerate(parts) for s, why in part[1]]
+                piece = pending.popleft()
+                yield self._finish(piece, pixels, failures, self._make_extras(piece))
+        finally:
+            self._stream.close()
+            del results  # ends the workers
+
+    def _work(self, pending: deque[Piece]) -> Iterator[tuple[list[bytes | None], Ints, Ints]]:
+        for piece in self._stream:
+            pending.append(piece)
+            for a in range(0, len(piece), PROCESS_GROUP):
+                part = slice(a, a + PROCESS_GROUP)
+                images = [None if v is None else bytes(v) for v in _encoded(piece, part)]
+                yield images, piece.epochs[part], piece.positions[part]
+
+    # -------------------------------------------------------------------------------------------- one batch
+
+    def _empty(self, n: int) -> Tensor:
+        return torch.empty((n, self._decoder.channels, *self._decoder.image_size), dtype=torch.uint8)
+
+    def _decode(self, piece: Piece, out: npt.NDArray[np.uint8], a: int, b: int) -> Failures:
+        part = slice(a, b)
+        failures = self._decoder(_encoded(piece, part), piece.epochs[part], piece.positions[part], out[part])
+        return [(a + slot, reason) for slot, reason in failures]
+
+    def _make_extras(self, piece: Piece) -> dict[str, Tensor]:
+        return dict(self._extras(piece.epochs, piece.positions)) if self._extras else {}
+
+    def _finish(self, piece: Piece, pixels: Tensor, failures: Failures, extras: dict[str, Tensor]) -> Batch:
+        chunks = [future.result() for future in piece.futures]
+        rows = zip(chunks, piece.rows.tolist(), strict=True)
+        labels = torch.tensor([int(chunk.labels[row]) for chunk, row in rows], dtype=torch.int64)
+        bad: list[BadSample] = []
+        for slot, reason in sorted(failures):
+            chunk, row = int(piece.chunks[slot]), int(piece.rows[slot])
+            reason = chunks[slot].error or reason
+            self._count(chunk, row, reason, whole_chunk=chunks[slot].error is not None)
+            encoded, label = self._stand_in(chunk, row, chunks[slot])
+            place = slice(slot, slot + 1)
+            failed = self._decoder([encoded], piece.epochs[place], piece.positions[place], pixels.numpy()[place])
+            assert not failed, "a stand-in decodes"
+            labels[slot] = label
+            shard, number = self._source.describe(chunk, row)
+            epoch, position = int(piece.epochs[slot]), int(piece.positions[slot])
+            bad.append(
+                BadSample(batch=piece.index, epoch=epoch, position=position, shard=shard, row=number, reason=reason)
+            )
+        return Batch(pixels, labels, piece.epochs, piece.positions, extras, piece.index + 1, bad)
+
+    # -------------------------------------------------------------------------------------------- bad samples
+
+    def _stand_in(self, chunk: int, row: int, data: Chunk) -> tuple[Buffer | None, int]:
+        """Find the next good row of the chunk, then of the chunks after it in the source's order."""
+        total = len(self._order.sizes)
+        for step in range(total):
+            number = (chunk + step) % total
+            data = data if step == 0 else self._read_spare(number)
+            if data.error is not None:
+                self._count(number, row % len(data.images), data.error, whole_chunk=True)
+                continue
+            for k in range(len(data.images)):
+                other = (row + k) % len(data.images)
+                if (number, other) in self._bad:
+                    continue
+                try:
+                    decode_image(data.images[other], self._decoder.channels, max_pixels=self._decoder.max_pixels)
+                except ImageError as error:
+                    self._count(number, other, str(error))
+                    continue
+                return data.images[other], int(data.labels[other])
+        raise RuntimeError(f"none of the {self._order.num_rows} images can be decoded; {self._first_reasons()}")
+
+    def _read_spare(self, chunk: int) -> Chunk:
+        for number, data in self._spare:
+            if number == chunk:
+                return data
+        self._spare.append((chunk, self._source.read(chunk)))
+        return self._spare[-1][1]
+
+    def _count(self, chunk: int, row: int, reason: str, *, whole_chunk: bool = False) -> None:
+        for r in range(int(self._order.sizes[chunk])) if whole_chunk else (row,):
+            self._bad.setdefault((chunk, r), reason)
+        rows = self._order.num_rows
+        if len(self._bad) > self._max_bad_fraction * rows:
+            raise RuntimeError(
+                f"{len(self._bad)} of {rows} images cannot be decoded, more than max_bad_fraction="
+                f"{self._max_bad_fraction:g} allows; {self._first_reasons()}; mend the data, or raise "
+                "--data.max-bad-fraction"
+            )
+
+    def _first_reasons(self) -> str:
+        first = []
+        for (chunk, row), reason in list(self._bad.items())[:5]:
+            shard, number = self._source.describe(chunk, row)
+            first.append(f"{shard} row {number}: {reason}")
+        return "first " + "; ".join(first)
+
+    # -------------------------------------------------------------------------------------------- in words
+
+    def describe(self) -> list[str]:
+        """Say how the data is shuffled and what it costs, and warn of what will be slow; one line each."""
+        order, source, stream = self._order, self._source, self._stream
+        mixed = min(order.num_rows, round(order.lanes * order.window * float(order.sizes.mean())))
+        line = f"order: {order.lanes} lanes, {order.window} chunks a window: {mixed:,} rows mixed"
+        if source.bytes_per_row:
+            # Read ahead at half a window, 1.65 windows are held on average; with lanes not shared out, on every rank.
+            sharing = stream.world if order.lanes % stream.world == 0 else 1
+            held = min(1.65 * mixed / sharing, order.num_rows) * source.bytes_per_row
+            line += f", about {held / 1e6:,.0f} MB of encoded images held per process"
+        lines = [line]
+        if (classes := self._classes_per_window()) is not None:
+            lines.append(f"classes: {classes[0]:,} of {classes[1]:,} in the first {mixed:,} rows")
+        if order.lanes % stream.world:
+            lines.append(
+                f"warning: {order.lanes} lanes over {stream.world} processes: the batches are exact, but every process "
+                "reads every chunk; choose --data.lanes as a multiple of the processes"
+            )
+        largest = int(order.sizes.max()) * (source.bytes_per_row or 0)
+        if largest > 256 * 2**20:
+            lines.append(
+                f"warning: a row group of about {largest / 2**20:,.0f} MiB is read as a whole; rewrite the files with "
+                "smaller row groups to save memory"
+            )
+        return lines
+
+    def _classes_per_window(self) -> tuple[int, int] | None:
+        """Count the classes of the first windows and of all chunks looked at, where labels are cheap."""
+        order, names = self._order, self._source.label_names
+        if not names or self._source.labels(0) is None:
+            return None
+        chunks: set[int] = set()
+        for lane in range(order.lanes):
+            chunks.update(order.window_places(0, lane, 0)[0].tolist())
+        seen: set[int] = set()
+        for chunk in sorted(chunks):
+            labels = self._source.labels(chunk)
+            seen.update([] if labels is None else labels.tolist())
+        return len(seen - {-1}), len(names)
+
+
+def _encoded(piece: Piece, part: slice) -> list[Buffer | None]:
+    """Wait for the chunks of these slots and look the rows up."""
+    rows = piece.rows[part].tolist()
+    return [future.result().images[row] for future, row in zip(piece.futures[part], rows, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+class _Feed(Sampler[Any]):
+    """What a DataLoader takes for indices is the work itself."""
+
+    def __init__(self, work: Callable[[deque[Piece]], Iterator[Any]], pending: deque[Piece]) -> None:
+        self._work, self._pending = work, pending
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._work(self._pending)
+
+
+class _Decoding(Dataset[tuple[Tensor, Failures]]):
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def __getitem__(self, work: tuple[list[bytes | None], Ints, Ints]) -> tuple[Tensor, Failures]:
+        images, epochs, positions = work
+        out = torch.empty((len(images), self.decoder.channels, *self.decoder.image_size), dtype=torch.uint8)
+        return out, self.decoder(images, epochs, positions, out.numpy())
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Outlive Ctrl-C and one SIGTERM: they reach the whole process group, and the parent has a step to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The second is meant for us: it is how an exiting parent ends its children.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------------ fixed subsets
+
+
+def load_examples(
+    source: Source, count: int, *, seed: int, image_size: tuple[int, int], channels: int, max_pixels: int = 89_478_485
+) -> tuple[Tensor, Tensor]:
+    """Load a fixed subset for evaluation, with the centre transform; bad images are passed over.
+
+    The rows come in turn from up to 64 chunks (more where those hold too few), so that a large data set is not read as
+    a whole, and a small count still sees many places of it.
+
+    Args:
+        source: from `open_source`.
+        count: how many images; fewer are returned when there are no more.
+        seed: which ones.
+        image_size: (height, width) in pixels.
+        channels: 3 or 1.
+        max_pixels: largest picture that is decoded.
+
+    Returns:
+        pixel_values uint8 [n, C, H, W], labels int64 [n] (-1 none).
+    """
+    order = permutation(len(source.sizes), seed, EXAMPLES)
+    wanted = count + count // 50 + 8  # some may be bad
+    few = max(EXAMPLE_CHUNKS, int(np.searchsorted(np.cumsum(source.sizes[order]), wanted)) + 1)
+
+    def load(chunks: Ints, turns: int) -> list[tuple[npt.NDArray[np.uint8], int]]:
+        """Take the k-th good row of every chunk before the (k+1)-th of any; each chunk is read once."""
+
+        def decode(chunk: int) -> list[tuple[int, npt.NDArray[np.uint8], int]]:
+            data, good = source.read(chunk), []
+            for row in permutation(len(data.images), seed, EXAMPLES, chunk).tolist():
+                if len(good) == turns:
+                    break
+                try:
+                    image = decode_image(data.images[row], channels, max_pixels=max_pixels)
+                except ImageError:
+                    continue  # the training loop counts and lists them
+                good.append((len(good), eval_image(image, image_size), int(data.labels[row])))
+            return good
+
+        with ThreadPoolExecutor(4, thread_name_prefix="examples") as pool:
+            results = list(pool.map(decode, chunks.tolist()))
+        ordered = sorted((turn, i, j) for i, good in enumerate(results) for j, (turn, _, _) in enumerate(good))
+        return [results[i][j][1:] for _, i, j in ordered[:count]]
+
+    sizes = source.sizes[order[:few]]
+    turns = next((t for t in range(1, int(sizes.max())) if np.minimum(sizes, t).sum() >= wanted), int(sizes.max()))
+    found = load(order[:few], turns)
+    if len(found) < min(count, int(source.sizes.sum())):
+        found = load(order, int(source.sizes.max()))  # many are bad, or nearly all are asked for
+    pixels = np.stack([p for p, _ in found]) if found else np.empty((0, channels, *image_size), np.uint8)
+    return torch.from_numpy(pixels), torch.tensor([label for _, label in found], dtype=torch.int64)

@@ -223,17 +223,18 @@ class MAEPreTrainedModel(PreTrainedModel):
                 tokens = self.patch_embed(_gather(patches, ids_keep)) + _gather(patch_pos.expand(N, -1, -1), ids_keep)
         cls_token = (self.cls_token + pos_embed[:, :1]).expand(N, -1, -1)
         tokens = torch.cat([cls_token, tokens], dim=1)  # [N, 1 + L_keep, D]
-        hidden_states, attentions = [tokens], []
+        hidden_states = (tokens,) if output_hidden_states else None
+        attentions = () if output_attentions else None
         for block in self.blocks:
             tokens, weights = block(tokens)
-            hidden_states.append(tokens)
-            attentions.append(weights)
+            hidden_states = None if hidden_states is None else (*hidden_states, tokens)
+            attentions = None if attentions is None else (*attentions, weights)
         return MAEModelOutput(
             last_hidden_state=self.norm(tokens),
             mask=mask,
             ids_restore=ids_restore,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=hidden_states,
+            attentions=attentions,
         )
 
     def forward_features(
@@ -291,9 +292,10 @@ class MAEPreTrainedModel(PreTrainedModel):
             subfolder = kwargs.get("subfolder", "")
             values, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder, **hub)
             if values.get("model_type") == "vit_mae":
-                if not isinstance(kwargs.get("config"), PreTrainedConfig):
-                    fields = {key: kwargs.pop(key) for key in list(kwargs) if key in MAEConfig().to_dict()}
-                    kwargs["config"] = MAEConfig.from_pretrained(name, subfolder=subfolder, **hub, **fields)
+                if not isinstance(config := kwargs.get("config") or name, PreTrainedConfig):
+                    known = MAEConfig().to_dict().keys() - {"dtype"}  # "auto" is for the loader, not for the config
+                    fields = {key: kwargs.pop(key) for key in list(kwargs) if key in known}
+                    kwargs["config"] = MAEConfig.from_pretrained(config, subfolder=subfolder, **hub, **fields)
                 kwargs["state_dict"] = load_folder(name, subfolder=subfolder, **hub)
         converted = "state_dict" in kwargs
         model, info = cast(
@@ -478,7 +480,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             cast(Tensor, t) for t in (encoded.last_hidden_state, encoded.mask, encoded.ids_restore)
         )
         pred = self.decode(latent, ids_restore, self.positions(self.decoder_pos_embed, grid, interpolate_pos_encoding))
-        error = ((pred.float() - make_target(config, patches)) ** 2).mean(dim=-1)  # [N, L]
+        error = ((pred - make_target(config, patches)) ** 2).mean(dim=-1)  # [N, L], float32 as the target is
         if return_pred is None:
             return_pred = not self.training
         return MAEForPreTrainingOutput(

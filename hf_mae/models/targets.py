@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hf_mae.models.configuration_mae import MAEConfig
@@ -41,16 +42,16 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, in
 
 
 def pixel_target(patches: Tensor, norm: bool) -> Tensor:
-    """Return the pixels to predict, in float32 whatever the precision of the model.
+    """Return the pixels to predict, in float32 or better whatever the precision of the model.
 
     Args:
         patches: [N, L, P] from `patchify`.
         norm: normalise each patch by its own mean and unbiased variance over all P values, channels together.
 
     Returns:
-        [N, L, P] float32.
+        [N, L, P] float32, or float64 for float64 patches.
     """
-    patches = patches.float()
+    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
     if not norm:
         return patches
     mean = patches.mean(dim=-1, keepdim=True)

@@ -143,6 +143,8 @@ def stock(goldens, official_weights) -> ViTMAEForPreTraining:
         else:
             weights[theirs] = official_weights[ours]
     model = ViTMAEForPreTraining(config).eval()
+    if model.state_dict().keys() != weights.keys():
+        pytest.skip("this transformers has other module names in ViTMAE than 5.23, for which the table is")
     model.load_state_dict(weights)
     return model
 
@@ -212,6 +214,13 @@ def test_config_fields_can_be_changed_while_loading_transformers_weights(stock, 
     )
     assert (model.config.norm_pix_loss, model.config.mask_ratio, model.dtype) == (False, 0.5, torch.bfloat16)
     assert model.config._attn_implementation == "eager"
+
+
+def test_automatic_precision_and_an_explicit_config_work_for_transformers_weights(stock, tmp_path, tiny):
+    stock.save_pretrained(tmp_path)
+    assert MAEForPreTraining.from_pretrained(tmp_path, dtype="auto").dtype is torch.float32
+    model = MAEForPreTraining.from_pretrained(tmp_path, config=tiny(mask_strategy="block"))
+    assert (model.config.mask_strategy, model.config.layer_norm_eps) == ("block", 1e-6)
 
 
 @pytest.mark.parametrize("layout", ["ours", "vit_mae"])

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoImageProcessor
 
 from hf_mae.data.images import ImageError, decode_image, eval_image
-from hf_mae.data.loader import Loader, load_examples, steps_per_epoch
+from hf_mae.data.loader import Loader, check_state, load_examples, loader_state, steps_per_epoch
 from hf_mae.data.order import NOISE, Order, choose_lanes_and_window, uniforms
 from hf_mae.data.sources import Source, list_splits, open_source
 from hf_mae.evaluation.features import FeatureQuality
@@ -77,7 +77,7 @@ def pretrain(recipe: Recipe) -> Path:
     torch.manual_seed(recipe.seed)  # the same weights on every rank; nothing else draws from it
     model = MAEForPreTraining(config)
     if recipe.engine.checkpoint_activations:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if recipe.engine.compile:
         for block in [*model.blocks, *model.decoder_blocks]:
             block.compile()  # in place, so that parameter names stay
@@ -103,12 +103,8 @@ def pretrain(recipe: Recipe) -> Path:
         "max_pixels": recipe.data.max_pixels,
         "extras": MaskNoise(config, recipe.seed),
     }
-    data_state = {
-        "fingerprint": source.fingerprint,
-        "lanes": order.lanes,
-        "window": order.window,
-        "revision": source.revision,
-    }
+    data_state = loader_state(source, order, recipe.global_batch, recipe.data.remainder)
+    data_state["revision"] = source.revision
 
     state, window = TrainState(), Window(accelerator.device)
     if resume_from is not None:
@@ -116,7 +112,7 @@ def pretrain(recipe: Recipe) -> Path:
         loaded = load_checkpoint(
             resume_from, task=accelerator.unwrap_model(task), optimizer=optimizer.optimizer, average=average
         )
-        _check_data(loaded.data, data_state, resume_from)
+        check_state(loaded.data, data_state, loaded.state.step)
         state = loaded.state
         _restore_rank(loaded.rank_states, window, accelerator)
         if state.scaler is not None and accelerator.scaler is not None:
@@ -331,16 +327,6 @@ def _check_recipe(recipe: Recipe, checkpoint: Path) -> None:
             f"{checkpoint} was written by another recipe: {listed}. Use the saved values to continue, or another "
             "--out to start a new run"
         )
-
-
-def _check_data(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Path) -> None:
-    for name in ("fingerprint", "lanes", "window"):
-        if saved[name] != current[name]:
-            raise ValueError(
-                f"{checkpoint} was trained on other data or in another order: {name} was {saved[name]}, is "
-                f"{current[name]} (revision was {saved['revision']}, is {current['revision']}); "
-                "point --data.path at the same files"
-            )
 
 
 def _restore_rank(rank_states: list[dict[str, Any]], window: Window, accelerator: Accelerator) -> None:

@@ -121,13 +121,13 @@ def test_other_data_is_refused(recipe, tmp_path):
     own = replace(recipe, data=Data(path=str(folder)), evals=Evals(knn=False, pictures=0))
     pretrain(own)
     (folder / "0.png").rename(folder / "zero.png")
-    with pytest.raises(ValueError, match="other data or in another order: fingerprint was"):
+    with pytest.raises(ValueError, match="fingerprint was .* the data has changed"):
         pretrain(own)
 
 
 def test_resume_never_protects_a_run(recipe):
     pretrain(recipe)
-    with pytest.raises(ValueError, match="resume=never but out=.* holds a run"):
+    with pytest.raises(ValueError, match=r"resume=never but out=.* holds a run"):
         pretrain(replace(recipe, resume="never"))
 
 

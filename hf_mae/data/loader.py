@@ -271,15 +271,18 @@ class Loader:
             prefetch_factor=max(2, -(-(self._depth + 1) * groups // self._num_workers)),
             generator=torch.Generator(),  # else it draws from the global one
         )
-        # The workers start before the threads that read: forking a process with threads can deadlock.
-        results = iter(loader)
+        results = None
         try:
+            # The workers start before the threads that read: forking a process with threads can deadlock.
+            results = iter(loader)
             for first in results:
                 parts = [first, *(next(results) for _ in range(groups - 1))]
                 pixels = parts[0][0] if groups == 1 else torch.cat([part[0] for part in parts])
                 failures = [(PROCESS_GROUP * i + s, why) for i, part in enumerate(parts) for s, why in part[1]]
                 piece = pending.popleft()
                 yield self._finish(piece, pixels, failures, self._make_extras(piece))
+            for piece in pending:  # the one that could not be read ended the feed: now is its turn to be heard
+                _encoded(piece, slice(None))
         finally:
             self._stream.close()
             del results  # ends the workers
@@ -287,6 +290,8 @@ class Loader:
     def _work(self, pending: deque[Piece]) -> Iterator[tuple[list[bytes | None], Ints, Ints]]:
         for piece in self._stream:
             pending.append(piece)
+            if any(future.exception() for future in piece.futures):
+                return  # raising here, inside the DataLoader, would lose the batches before
             for a in range(0, len(piece), PROCESS_GROUP):
                 part = slice(a, a + PROCESS_GROUP)
                 images = [None if v is None else bytes(v) for v in _encoded(piece, part)]

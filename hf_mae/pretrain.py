@@ -11,7 +11,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -66,7 +67,16 @@ def pretrain(recipe: Recipe) -> Path:
     micro_batch = choose_micro_batch(recipe, accelerator.num_processes)
     say(f"hf_mae: {recipe.name}, {describe_world(accelerator)}")
 
-    out, lock = _open_run_folder(recipe, accelerator)
+    with _run_folder(recipe, accelerator) as out:
+        _run(recipe, config, out, accelerator, micro_batch, say)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    return out
+
+
+def _run(
+    recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator, micro_batch: int, say: _Printer
+) -> None:
     source = open_source(recipe.data)
     say(source.summary())
     plan = make_plan(
@@ -193,10 +203,6 @@ def pretrain(recipe: Recipe) -> Path:
         say(f"stopped by a signal after step {state.step}, saved; the same command continues")
     else:
         _finish(recipe, out, monitor, say)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    lock.release()
-    return out
 
 
 def choose_micro_batch(recipe: Recipe, processes: int) -> int:
@@ -255,22 +261,28 @@ class _Printer:
 # ------------------------------------------------------------------------------------------------ the run folder
 
 
-def _open_run_folder(recipe: Recipe, accelerator: Accelerator) -> tuple[Path, RunLock]:
+@contextmanager
+def _run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
+    """Make, lock and tidy the run folder; the main process holds the lock until the run ends."""
     out = Path(recipe.out or f"runs/{recipe.name}")
     error, lock = None, None
-    if accelerator.is_main_process:
-        try:
-            (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = RunLock(out)
-            lock.acquire()
-            checkpoints.clean(out / "checkpoints")
-            (out / "stopped_by_signal").unlink(missing_ok=True)
-        except RuntimeError as caught:
-            error = caught
-        except OSError as caught:
-            error = ValueError(f"out={out} cannot be written ({caught}); choose another --out or free some space")
-    agree(error, accelerator, f"opening {out}")
-    return out, lock or RunLock(out)
+    try:
+        if accelerator.is_main_process:
+            try:
+                (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+                lock = RunLock(out)
+                lock.acquire()
+                checkpoints.clean(out / "checkpoints")
+                (out / "stopped_by_signal").unlink(missing_ok=True)
+            except RuntimeError as caught:
+                error = caught
+            except OSError as caught:
+                error = ValueError(f"out={out} cannot be written ({caught}); choose another --out or free some space")
+        agree(error, accelerator, f"opening {out}")
+        yield out
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _find_start(recipe: Recipe, out: Path, accelerator: Accelerator, say: _Printer) -> Path | None:

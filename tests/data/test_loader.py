@@ -1,0 +1,565 @@
+"""Batches are a function of (recipe, data, position): not of workers, ranks, prefetch, restarts or bad luck."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_mae.data import loader as loader_module
+from hf_mae.data.formats import ParquetSource
+from hf_mae.data.images import decode_image, eval_image
+from hf_mae.data.loader import (
+    Loader,
+    Stream,
+    check_state,
+    load_examples,
+    loader_state,
+    steps_per_epoch,
+)
+from hf_mae.data.order import Order, uniforms
+from hf_mae.data.sources import open_source
+from hf_mae.recipes.base import Augment, Data
+
+from .conftest import SIDE, FakeSource, write_parquet
+
+SIZES = [40, 7, 1, 23, 60, 12, 30, 30, 19, 2]  # 224 rows; 224 % 24 and 224 % 8 differ
+N = sum(SIZES)
+FIXED = {"augment": Augment(), "image_size": (8, 8), "channels": 3}
+
+
+def order_of(source, lanes=8, window=2, seed=5):
+    return Order(source.sizes, seed, lanes, window)
+
+
+def digest(batch, slot=None):
+    rows = range(len(batch.positions)) if slot is None else [slot]
+    return [hashlib.md5(batch.pixel_values[i].numpy().tobytes()).hexdigest() for i in rows]
+
+
+def run(source, world=1, lanes=8, batch=24, count=None, **options):
+    """Global batches of all ranks: {index: sorted [(epoch, position, label, pixels)]}."""
+    out: dict[int, list] = {}
+    steps = options.pop("stop", 2 * N // batch)
+    for rank in range(world):
+        with Loader(
+            source, order_of(source, lanes), global_batch=batch, rank=rank, world=world, stop=steps, **(FIXED | options)
+        ) as loader:
+            for taken, b in enumerate(loader, 1):
+                rows = zip(b.epochs.tolist(), b.positions.tolist(), b.labels.tolist(), digest(b), strict=True)
+                out.setdefault(b.cursor - 1, []).extend(rows)
+                if taken == count:
+                    break
+    return {k: sorted(v) for k, v in out.items()}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return run(FakeSource(SIZES), num_workers=0)
+
+
+# ------------------------------------------------------------------------------------------------ workers and ranks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_workers": 1},
+        {"num_workers": 4, "depth": 1},
+        {"num_workers": 2, "depth": 5, "ahead": 0.25},
+        {"num_workers": 3, "ahead": 1.0, "readers": 1},
+        {"num_workers": 0, "ahead": 0.0},
+    ],
+    ids=str,
+)
+def test_workers_prefetch_and_delays_change_nothing(expected, options, monkeypatch):
+    def slow(*args, **kwargs):
+        time.sleep(random.SystemRandom().uniform(0, 0.002))
+        return decode_image(*args, **kwargs)
+
+    monkeypatch.setattr(loader_module, "decode_image", slow)
+    assert run(FakeSource(SIZES, delay=0.003), **options) == expected
+
+
+def test_processes_give_the_same_pixels(expected, monkeypatch):
+    monkeypatch.setattr(loader_module, "PROCESS_GROUP", 10)  # 24 images in three uneven parts
+    assert run(FakeSource(SIZES), num_workers=2, worker_kind="process") == expected
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])  # 3 does not divide the 8 lanes
+def test_ranks_together_see_the_same_global_batches(expected, world):
+    assert run(FakeSource(SIZES), world, num_workers=1) == expected
+
+
+@pytest.mark.parametrize("batch", [20, 36, 100, 300])  # not multiples of the lanes; more than the data
+@pytest.mark.parametrize("lanes", [1, 3, 8, 64])
+def test_every_row_comes_once_an_epoch(batch, lanes):
+    source = FakeSource(SIZES)
+    stop = -(-2 * N // batch)
+    batches = [run_positions(source, world, batch, lanes, stop) for world in (1, 4)]
+    assert batches[0] == batches[1]
+    flat = [row for k in sorted(batches[0]) for row in batches[0][k]]
+    for epoch in (0, 1):
+        labels = sorted(label for e, _, label in flat if e == epoch)
+        assert labels == list(range(N))
+
+
+def run_positions(source, world, batch, lanes, stop, cursor=0, remainder="carry", ahead=0.5):
+    """As `run`, without decoding: {index: sorted [(epoch, position, label)]}."""
+    out: dict[int, list] = {}
+    for rank in range(world):
+        stream = Stream(
+            source,
+            order_of(source, lanes),
+            global_batch=batch,
+            rank=rank,
+            world=world,
+            cursor=cursor,
+            stop=stop,
+            remainder=remainder,
+            ahead=ahead,
+        )
+        for piece in stream:
+            labels = [int(f.result().labels[r]) for f, r in zip(piece.futures, piece.rows.tolist(), strict=True)]
+            rows = zip(piece.epochs.tolist(), piece.positions.tolist(), labels, strict=True)
+            out.setdefault(piece.index, []).extend(rows)
+        stream.close()
+    return {k: sorted(v) for k, v in out.items()}
+
+
+def test_drop_leaves_out_another_remainder_each_epoch():
+    stop = 3 * (N // 36)
+    batches = run_positions(FakeSource(SIZES), 1, 36, 8, stop, remainder="drop")
+    assert run_positions(FakeSource(SIZES), 3, 36, 8, stop, remainder="drop") == batches
+    kept = [{row[2] for k in batches for row in batches[k] if row[0] == epoch} for epoch in range(3)]
+    assert [len(k) for k in kept] == [N - N % 36] * 3
+    assert len({frozenset(set(range(N)) - k) for k in kept}) == 3
+
+
+def test_two_rows_fill_a_batch_of_many_epochs():
+    batches = run_positions(FakeSource([2]), 2, 100, 2, 2)
+    assert all(len(rows) == 100 for rows in batches.values())
+    assert {row[0] for row in batches[1]} == set(range(50, 100))
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize("cursor", [1, 5, 8, 9, 10, 17])  # an epoch is 9.33 batches
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_new_loader_goes_on_at_the_cursor_of_the_last_batch(expected, cursor, world):
+    seen = run(FakeSource(SIZES), world, count=cursor, num_workers=2, depth=5)
+    assert sorted(seen) == list(range(cursor))
+    rest = run(FakeSource(SIZES), 3 - world, cursor=cursor, num_workers=1)
+    assert seen | rest == expected
+
+
+def test_four_ranks_stopped_at_half_go_on_as_two():
+    source, half = FakeSource(SIZES), 9
+    whole = run_positions(source, 1, 24, 8, 18)
+    assert run_positions(source, 4, 24, 8, half) | run_positions(source, 2, 24, 8, 18, cursor=half) == whole
+
+
+def test_resume_late_in_imagenet_reads_only_the_open_windows():
+    class Counting(FakeSource):
+        def read(self, chunk):
+            self.reads.append(chunk)
+            return None
+
+    sizes, lanes, window = [99] * 12_936, 64, 1
+    for world in (1, 4):
+        source = Counting(sizes)
+        began = time.perf_counter()
+        stream = Stream(
+            source,
+            Order(sizes, 0, lanes, window),
+            global_batch=4096,
+            world=world,
+            cursor=int(0.9 * 99 * 12_936 / 4096),
+        )
+        next(iter(stream))
+        seconds = time.perf_counter() - began
+        stream.close()
+        assert len(source.reads) <= 3 * lanes * window / world
+        assert seconds < 1
+
+
+def test_reading_ahead_holds_few_chunks_and_reads_each_once():
+    sizes, lanes, window = [20] * 300, 8, 4
+    for world in (1, 2):
+        reads = 0
+        for rank in range(world):
+            source = FakeSource(sizes)
+            source.read = lambda chunk: None  # type: ignore[method-assign]
+            stream = Stream(source, Order(sizes, 1, lanes, window), global_batch=16, rank=rank, world=world, stop=750)
+            for _ in stream:
+                pass
+            stream.close()
+            assert stream.most_live <= 1.75 * lanes * window / world + lanes
+            reads += stream.num_reads
+        # 12,000 samples are two epochs of 300 chunks; a chunk cut by a lane's end may be read for each part.
+        assert 600 <= reads <= 600 + 2 * lanes
+
+
+def test_state_names_what_has_changed():
+    source = FakeSource(SIZES)
+    state = loader_state(source, order_of(source), 24, "carry")
+    assert check_state(state, dict(state), 7) == 7
+    for field in ("seed", "lanes", "window", "remainder", "fingerprint", "rows"):
+        with pytest.raises(ValueError, match=rf"^{field} was .* in the checkpoint and is 'other' now"):
+            check_state(state, state | {field: "other"}, 7)
+
+
+def test_global_batch_may_change_where_no_sample_moves():
+    source = FakeSource(SIZES)
+    state = loader_state(source, order_of(source), 24, "carry")
+    assert check_state(state, state | {"global_batch": 36}, 6) == 4
+    with pytest.raises(ValueError, match=r"global_batch was 24 .* is 36 now"):
+        check_state(state, state | {"global_batch": 36}, 7)
+    dropped = state | {"remainder": "drop"}
+    with pytest.raises(ValueError, match="global_batch was 24"):
+        check_state(dropped, dropped | {"global_batch": 48}, 6)
+    # Regrouped, the samples come in the same order.
+    before, after = run_positions(source, 1, 24, 8, 6), run_positions(source, 1, 36, 8, 8, cursor=4)
+    places = [row[:2] for part in (before, after) for k in sorted(part) for row in part[k]]
+    assert places == [(g // N, g % N) for g in range(8 * 36)]
+
+
+def test_steps_per_epoch_counts_what_is_used():
+    assert steps_per_epoch(100, 32, "carry") == 3.125
+    assert steps_per_epoch(100, 32, "drop") == 3
+    assert steps_per_epoch(10, 32, "carry") == 10 / 32
+    with pytest.raises(ValueError, match=r"global_batch=32 is larger .*10 rows.*--data\.remainder carry"):
+        steps_per_epoch(10, 32, "drop")
+
+
+# ------------------------------------------------------------------------------------------------ bad samples
+
+
+BAD = [3, 60, 61, 62, 63, 64, 65, 66, 100, 47]  # chunk 2 is the single row 47; 60..66 are neighbours
+
+
+def bad_run(world=1, **options):
+    out, listed = {}, []
+    for rank in range(world):
+        source = FakeSource(SIZES, bad=BAD, broken=[5])
+        with Loader(
+            source,
+            order_of(source),
+            global_batch=28,
+            rank=rank,
+            world=world,
+            stop=2 * N // 28,
+            max_bad_fraction=0.1,
+            **(FIXED | options),
+        ) as loader:
+            for b in loader:
+                rows = zip(b.epochs.tolist(), b.positions.tolist(), b.labels.tolist(), digest(b), strict=True)
+                out.setdefault(b.cursor, []).extend(rows)
+                listed += b.bad
+    return {k: sorted(v) for k, v in out.items()}, sorted(listed, key=lambda s: (s["batch"], s["position"]))
+
+
+def test_stand_ins_and_their_list_are_the_same_everywhere():
+    expected, listed = bad_run(num_workers=0)
+    for options in ({"num_workers": 3}, {"num_workers": 1, "world": 2}, {"num_workers": 2, "world": 4}):
+        assert bad_run(**options) == (expected, listed)
+    assert bad_run(num_workers=2, worker_kind="process") == (expected, listed)
+
+    # Each of two epochs lists every bad row once: ten bad pictures and the 12 rows of the damaged chunk.
+    starts = np.cumsum(SIZES) - np.array(SIZES)
+    for epoch in (0, 1):
+        rows = sorted(starts[int(s["shard"][5:])] + s["row"] for s in listed if s["epoch"] == epoch)
+        assert rows == sorted([*BAD, *range(starts[5], starts[5] + 12)])
+    reasons = {s["reason"] for s in listed}
+    assert "damaged chunk" in reasons
+    assert any("not a known image format" in r for r in reasons)
+
+
+def test_the_stand_in_is_the_next_good_row_with_the_failed_places_own_crop():
+    source = FakeSource(SIZES, bad=BAD, broken=[5])
+    good = FakeSource(SIZES)
+    starts = np.cumsum(source.sizes) - source.sizes
+    # Row 3 of chunk 0; 60..66 in chunk 3 (rows 12..18); 47 alone in chunk 2 takes row 0 of chunk 3; chunk 5 that of 6.
+    wanted = {3: 4, 47: 48, 100: 101} | dict.fromkeys(range(60, 67), 67)
+    wanted |= {int(starts[5]) + r: int(starts[6]) + r for r in range(12)}
+    order = order_of(source)
+    with Loader(source, order, global_batch=28, stop=8, max_bad_fraction=0.1, num_workers=0, **FIXED) as loader:
+        checked = 0
+        for b in loader:
+            places = order_of(source).locate(b.epochs, b.positions)
+            for i, number in enumerate((starts[places.chunks] + places.rows).tolist()):
+                if number not in wanted:
+                    assert b.labels[i] == number
+                    continue
+                assert b.labels[i] == wanted[number]
+                chunk = int(np.searchsorted(starts, wanted[number], side="right")) - 1
+                data = good.read(chunk).images[wanted[number] - starts[chunk]]
+                out = np.empty((1, 3, 8, 8), np.uint8)
+                at = slice(i, i + 1)
+                assert not loader._decoder([data], b.epochs[at], b.positions[at], out)
+                assert np.array_equal(out[0], b.pixel_values[i].numpy())
+                checked += 1
+    assert checked == len(wanted)
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 0}, {"num_workers": 2}], ids=str)
+def test_too_many_bad_images_stop_the_run_with_the_first_reasons(options):
+    source = FakeSource(SIZES, bad=range(0, N, 10))
+    loader = Loader(source, order_of(source), global_batch=24, max_bad_fraction=0.05, **(FIXED | options))
+    with pytest.raises(
+        RuntimeError,
+        match=r"12 of 224 images .*max_bad_fraction=0.05.*shard\d+ row \d+: not a known.*--data\.max-bad-fraction",
+    ):
+        for _ in loader:
+            pass
+    with pytest.raises(RuntimeError, match="closed, or failed"):
+        next(loader)
+    loader.close()
+
+
+def test_nothing_but_bad_images_ends_at_once():
+    source = FakeSource(SIZES, bad=range(N))
+    with (
+        Loader(source, order_of(source), global_batch=24, max_bad_fraction=1.0, num_workers=2, **FIXED) as loader,
+        pytest.raises(RuntimeError, match="none of the 224 images"),
+    ):
+        next(loader)
+
+
+def test_real_bad_rows_are_listed_by_shard_row_and_reason(shared):
+    path = shared / "data/bad_images/mixed-00000-of-00001.parquet"
+    source = open_source(Data(path=str(path)))
+    runs = []
+    for options in ({"num_workers": 0}, {"num_workers": 2}, {"num_workers": 1, "worker_kind": "process"}):
+        with Loader(
+            source, order_of(source, 4), global_batch=10, stop=8, max_bad_fraction=0.2, **(FIXED | options)
+        ) as loader:
+            batches = list(loader)
+        runs.append(([digest(b) for b in batches], [s for b in batches for s in b.bad]))
+    assert runs[0] == runs[1] == runs[2]
+    for epoch in (0, 1):
+        rows = {s["row"]: s["reason"] for s in runs[0][1] if s["epoch"] == epoch}
+        assert sorted(rows) == [5, 13, 14, 22, 27, 35]
+        assert "null" in rows[14]
+        assert "0 bytes" in rows[22]
+        assert "max_pixels" in rows[35]
+
+
+def test_a_corrupt_row_group_is_a_group_of_bad_rows(tmp_path):
+    path = tmp_path / "data.parquet"
+    write_parquet(path, range(60))
+    source = open_source(Data(path=str(path)))
+    assert isinstance(source, ParquetSource)
+    column = source.footers[0].row_group(2).column(0)
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + 60] = b"\xff" * 60
+    path.write_bytes(data)
+    with Loader(source, order_of(source), global_batch=20, stop=3, max_bad_fraction=0.2, **FIXED) as loader:
+        bad = [s for b in loader for s in b.bad]
+    assert sorted(s["row"] for s in bad) == list(range(20, 30))
+    with (
+        Loader(source, order_of(source), global_batch=20, stop=3, max_bad_fraction=0.1, **FIXED) as loader,
+        pytest.raises(RuntimeError, match="10 of 60 images"),
+    ):
+        # Ten of sixty are more than a tenth.
+        list(loader)
+
+
+# ------------------------------------------------------------------------------------------------ the batch itself
+
+
+def test_a_batch_carries_places_labels_extras_and_waiting_time():
+    source = FakeSource(SIZES, delay=0.002)
+
+    def extras(epochs, positions):
+        return {"noise": torch.from_numpy(uniforms(5, 0, epochs, positions, 8))}
+
+    for workers, kind in ((0, "thread"), (2, "thread"), (1, "process")):
+        with Loader(
+            source,
+            order_of(source),
+            global_batch=24,
+            rank=1,
+            world=2,
+            extras=extras,
+            num_workers=workers,
+            worker_kind=kind,
+            **FIXED,
+        ) as loader:
+            batch = next(loader)
+            assert loader.seconds_waiting > 0
+        assert batch.cursor == 1
+        assert batch.positions.tolist() == list(range(1, 24, 2))
+        assert batch.epochs.tolist() == [0] * 12
+        tensors = batch.tensors()
+        assert tensors["pixel_values"].shape == (12, 3, 8, 8)
+        assert tensors["pixel_values"].dtype == torch.uint8
+        assert tensors["labels"].dtype == torch.int64
+        expected = uniforms(5, 0, batch.epochs, batch.positions, 8)
+        assert np.array_equal(tensors["noise"].numpy(), expected)
+
+
+@pytest.mark.parametrize(("workers", "kind"), [(0, "thread"), (2, "thread"), (1, "process")])
+def test_loading_touches_no_global_generator(workers, kind):
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    source = FakeSource(SIZES)
+    with Loader(
+        source, order_of(source), global_batch=24, stop=3, num_workers=workers, worker_kind=kind, **FIXED
+    ) as loader:
+        list(loader)
+    load_examples(source, 20, seed=0, image_size=(8, 8), channels=3)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tobytes() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_uneven_processes_and_ranks_are_refused():
+    source = FakeSource(SIZES)
+    with pytest.raises(ValueError, match="global_batch=25 is not a multiple of the 2 processes"):
+        Loader(source, order_of(source), global_batch=25, world=2, **FIXED)
+    with pytest.raises(ValueError, match="num_workers=-1"):
+        Loader(source, order_of(source), global_batch=24, num_workers=-1, **FIXED)
+
+
+def test_description_gives_memory_classes_and_warnings(tmp_path):
+    write_parquet(tmp_path / "data.parquet", range(60))
+    source = open_source(Data(path=str(tmp_path)))
+    lines = Loader(source, order_of(source), global_batch=24, **FIXED).describe()
+    assert lines[0].startswith("order: 8 lanes, 2 chunks a window: 60 rows mixed, about 0 MB")
+    assert "classes: 3 of 3" in lines[1]
+    assert len(lines) == 2
+    source.bytes_per_row = 1e9
+    lines = Loader(source, order_of(source), global_batch=24, world=3, **FIXED).describe()
+    assert "8 lanes over 3 processes" in lines[2]
+    assert "row group" in lines[3]
+
+
+# ------------------------------------------------------------------------------------------------ ending
+
+
+def extra_threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith(("reader", "decode", "examples"))]
+
+
+@pytest.mark.parametrize(("workers", "kind"), [(0, "thread"), (3, "thread"), (2, "process")])
+def test_closing_mid_epoch_leaves_nothing_behind(workers, kind):
+    import multiprocessing
+
+    source = FakeSource(SIZES, delay=0.01)
+    options = dict(FIXED, num_workers=workers, worker_kind=kind)
+    first = Loader(source, order_of(source), global_batch=24, **options)
+    second = Loader(source, order_of(source), global_batch=24, **options)  # two at once
+    next(first), next(second), next(first)
+    began = time.perf_counter()
+    first.close()
+    second.close()
+    first.close()  # twice is fine
+    assert time.perf_counter() - began < 5
+    assert extra_threads() == []
+    assert multiprocessing.active_children() == []
+    with pytest.raises(RuntimeError, match="closed"):
+        next(first)
+    Loader(source, order_of(source), global_batch=24, **options).close()  # never begun
+    assert extra_threads() == []
+
+
+@pytest.mark.parametrize(("workers", "kind"), [(0, "thread"), (3, "thread"), (2, "process")])
+def test_an_error_while_reading_surfaces_and_ends_everything(workers, kind):
+    source = FakeSource(SIZES, fails=4)
+    loader = Loader(source, order_of(source), global_batch=24, num_workers=workers, worker_kind=kind, **FIXED)
+    with pytest.raises(RuntimeError, match="shard 4 is gone"):
+        for _ in loader:
+            pass
+    assert extra_threads() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_programming_error_is_not_taken_for_a_bad_image(workers, monkeypatch):
+    def broken(*args, **kwargs):
+        raise TypeError("a bug of ours")
+
+    monkeypatch.setattr(loader_module, "augment_image", broken)
+    source = FakeSource(SIZES)
+    with (
+        Loader(source, order_of(source), global_batch=24, num_workers=workers, **FIXED) as loader,
+        pytest.raises(TypeError, match="a bug of ours"),
+    ):
+        next(loader)
+
+
+@pytest.mark.multiprocess
+def test_worker_processes_outlive_a_group_sigterm_and_end_with_their_parent(tmp_path):
+    code = f"""
+import os, signal, sys, time
+sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(Path(__file__).parent)!r}]
+signal.signal(signal.SIGTERM, lambda *a: None)
+from conftest import FakeSource
+from hf_mae.data.loader import Loader
+from hf_mae.data.order import Order
+from hf_mae.recipes.base import Augment
+if __name__ == "__main__":
+    source = FakeSource([30] * 10)
+    loader = Loader(source, Order(source.sizes, 0, 4, 1), augment=Augment(), image_size=(8, 8), channels=3,
+                    global_batch=30, num_workers=1, worker_kind="process")
+    next(loader)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(0.2)
+    for _ in range(12):
+        next(loader)
+    print("alive", flush=True)
+    # not closed: the exit has to cope
+"""
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.strip() == "alive", done.stderr
+    assert done.returncode in (0, -signal.SIGTERM)
+    assert time.perf_counter() - began < 50
+
+
+# ------------------------------------------------------------------------------------------------ fixed subsets
+
+
+def test_examples_are_fixed_central_distinct_and_spread():
+    source = FakeSource([50] * 200)
+    pixels, labels = load_examples(source, 130, seed=1, image_size=(8, 8), channels=3)
+    again = load_examples(FakeSource([50] * 200), 130, seed=1, image_size=(8, 8), channels=3)
+    assert torch.equal(pixels, again[0])
+    assert torch.equal(labels, again[1])
+    assert len(set(labels.tolist())) == 130
+    assert len(set(source.reads)) == len(source.reads) == 64  # not all 200 chunks, and each once
+    assert np.bincount(labels.numpy() // 50).max() == 3
+    other = load_examples(source, 130, seed=2, image_size=(8, 8), channels=3)[1]
+    assert not torch.equal(labels, other)
+    number = int(labels[7])
+    data = source.read(number // 50).images[number % 50]
+    assert np.array_equal(pixels[7].numpy(), eval_image(decode_image(data), (8, 8)))
+
+
+def test_examples_pass_over_bad_images_and_stop_at_the_end():
+    source = FakeSource(SIZES, bad=range(0, N, 2), broken=[1])
+    pixels, labels = load_examples(source, 1000, seed=0, image_size=(SIDE, SIDE), channels=1)
+    good = [i for i in range(N) if i % 2 and not 40 <= i < 47]
+    assert sorted(labels.tolist()) == good
+    assert pixels.shape == (len(good), 1, SIDE, SIDE)
+    assert len(load_examples(source, 90, seed=0, image_size=(8, 8), channels=3)[1]) == 90

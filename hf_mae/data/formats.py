@@ -124,10 +124,9 @@ def fingerprint(*facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
-def unreadable(rows: int, error: BaseException | str) -> Chunk:
+def unreadable(rows: int, error: BaseException) -> Chunk:
     """Return a chunk of bad rows."""
-    reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return Chunk([None] * rows, np.full(rows, -1, dtype=np.int64), error=reason.split("\n")[0][:200])
+    return Chunk([None] * rows, np.full(rows, -1, dtype=np.int64), error=_one_line(error))
 
 
 # ------------------------------------------------------------------------------------------------ Parquet
@@ -208,7 +207,7 @@ class ParquetSource(Source):
             return pq.read_metadata(self.paths[file])
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
-                f"{self.paths[file]} is not a readable Parquet file ({_first_line(error)}); download it again, or move "
+                f"{self.paths[file]} is not a readable Parquet file ({_one_line(error)}); download it again, or move "
                 "it out of the folder"
             ) from error
 
@@ -302,15 +301,15 @@ def retry(action: Callable[[], T], what: str) -> T:
             gone = isinstance(error, FileNotFoundError) or status in (401, 404, 410)
             if gone or pause is None:
                 raise RuntimeError(
-                    f"could not read {what}: {_first_line(error)}; check the network and access to the data set, then "
+                    f"could not read {what}: {_one_line(error)}; check the network and access to the data set, then "
                     "start again: the run continues from its last checkpoint"
                 ) from error
         time.sleep(pause)
     raise AssertionError
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -427,7 +426,7 @@ class TarSource(Source):
                     tar.members = []  # type: ignore[misc]  # or the index of a large tar is held twice
         except (tarfile.TarError, OSError) as error:
             raise ValueError(
-                f"{path} is not a readable, uncompressed tar file ({_first_line(error)}); download or unpack it again"
+                f"{path} is not a readable, uncompressed tar file ({_one_line(error)}); download or unpack it again"
             ) from error
         left_out["samples without an image"] += sum("image" not in sample for sample in samples)
         left_out += Counter()  # drops zeros

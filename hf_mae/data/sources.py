@@ -324,7 +324,7 @@ def _builder(data: Data) -> Any:
     path = Path(data.path).expanduser()
     named = f"data.path={data.path!r}"
     local = path.exists()
-    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.path):
+    if not local and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path):
         raise ValueError(f"{named}: no such folder or file, and not the form of a Hub id{_nearby(path)}")
     try:
         return load_dataset_builder(str(path) if local else data.path, name=data.name, revision=data.revision)

@@ -31,7 +31,7 @@ from hf_mae.data.order import Order, uniforms
 from hf_mae.data.sources import open_source
 from hf_mae.recipes.base import Augment, Data
 
-from .conftest import SIDE, FakeSource, write_parquet
+from .samples import SIDE, FakeSource, write_parquet
 
 SIZES = [40, 7, 1, 23, 60, 12, 30, 30, 19, 2]  # 224 rows; 224 % 24 and 224 % 8 differ
 N = sum(SIZES)
@@ -505,7 +505,7 @@ def test_worker_processes_outlive_a_group_sigterm_and_end_with_their_parent(tmp_
 import os, signal, sys, time
 sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(Path(__file__).parent)!r}]
 signal.signal(signal.SIGTERM, lambda *a: None)
-from conftest import FakeSource
+from samples import FakeSource
 from hf_mae.data.loader import Loader
 from hf_mae.data.order import Order
 from hf_mae.recipes.base import Augment

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
 from hf_mae.data.formats import Chunk, Source, fingerprint
@@ -103,8 +102,3 @@ def rows_of(source: Source) -> list[tuple[bytes, int]]:
         assert len(chunk.images) == source.sizes[c]
         rows += [(decode_image(image).tobytes(), int(n)) for image, n in zip(chunk.images, chunk.labels, strict=True)]
     return rows
-
-
-@pytest.fixture
-def fake():
-    return FakeSource

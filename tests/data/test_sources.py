@@ -1,0 +1,436 @@
+"""Every format gives the same rows; paths, splits and columns are inferred, and mistakes are named."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from hf_mae.data.formats import ArrowSource, FolderSource, ParquetSource, TarSource, encoded_images
+from hf_mae.data.images import decode_image
+from hf_mae.data.sources import choose_columns, list_splits, open_source
+from hf_mae.recipes.base import Data
+
+from .samples import picture, rows_of, write_folder, write_parquet, write_tar
+
+NUMBERS = range(45)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Keep Arrow copies out of the user's cache."""
+    import datasets
+
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The same 45 pictures in every format, train and test."""
+    root = tmp_path_factory.mktemp("made")
+    for split, numbers in (("train", NUMBERS), ("test", range(100, 110))):
+        write_parquet(root / f"parquet/{split}-0.parquet", numbers[: len(numbers) // 2])
+        write_parquet(root / f"parquet/{split}-1.parquet", numbers[len(numbers) // 2 :], groups=7)
+        write_folder(root / "folder" / split, numbers)
+        write_tar(root / f"tar/{split}-0.tar", numbers[: len(numbers) // 2])
+        write_tar(root / f"tar/{split}-1.tar", numbers[len(numbers) // 2 :])
+        write_tar(root / f"json/{split}.tar", numbers, label="json")
+    return root
+
+
+def expected(numbers):
+    return sorted((decode_image(picture(i)).tobytes(), i % 3) for i in numbers)
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("parquet", ParquetSource), ("folder", FolderSource), ("tar", TarSource), ("json", TarSource)]
+)
+def test_every_format_gives_the_same_rows(made, name, kind):
+    data = Data(path=str(made / name))
+    assert list_splits(data) == ["train", "test"]
+    source = open_source(data)
+    assert isinstance(source, kind)
+    assert source.has_labels
+    assert sorted(rows_of(source)) == expected(NUMBERS)
+    assert sorted(rows_of(open_source(data, "test"))) == expected(range(100, 110))
+    assert sorted(rows_of(open_source(replace(data, split="test")))) == expected(range(100, 110))
+    unlabelled = open_source(replace(data, label_column="none"))
+    assert not unlabelled.has_labels
+    assert {label for _, label in rows_of(unlabelled)} == {-1}
+    mean = np.mean([len(picture(i)) for i in NUMBERS])
+    # Parquet's own figure includes its dictionary pages.
+    assert source.bytes_per_row == pytest.approx(mean, rel=0.4 if name == "parquet" else 0.02)
+
+
+def test_arrow_copies_give_the_same_rows(made, tmp_path):
+    import datasets
+
+    rows = [{"image": {"bytes": picture(i), "path": None}, "label": i % 3} for i in NUMBERS]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    source = open_source(Data(path=str(tmp_path / "saved")))
+    assert isinstance(source, ArrowSource)
+    assert source.label_names == ["a", "b", "c"]
+    assert rows_of(source) == [(decode_image(picture(i)).tobytes(), i % 3) for i in NUMBERS]
+    assert source.describe(7, 0) == ("rows", 7)
+
+
+def test_a_format_without_an_index_needs_a_copy(made, tmp_path):
+    folder = tmp_path / "listed"
+    folder.mkdir()
+    lines = [f'{{"image": "{made}/folder/train/class{i % 3}/{i:04d}.JPG", "label": {i % 3}}}' for i in NUMBERS]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"cannot be read in random order; pass --data\.streaming False"):
+        open_source(Data(path=str(folder)))
+    with pytest.raises(
+        ValueError, match=r"no column is clearly one of encoded images: image \(string\), label \(int64\)"
+    ):
+        open_source(Data(path=str(folder), streaming=False))
+
+
+def test_parquet_takes_plain_bytes_and_nulls(tmp_path):
+    table = pa.table(
+        {
+            "id": [1, 2, 3],
+            "jpg": pa.array([picture(0), None, picture(2)], pa.binary()),
+            "class": pa.array([5, 6, None], pa.int32()),
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+    source = open_source(Data(path=str(tmp_path)))
+    chunk = source.read(0)
+    assert [None if v is None else bytes(v) for v in chunk.images] == [picture(0), None, picture(2)]
+    assert chunk.labels.tolist() == [5, 6, -1]
+    assert "column jpg" in source.summary()
+    assert "labels from class" in source.summary()
+
+
+def test_encoded_images_keeps_slices_large_types_and_struct_nulls():
+    plain = pa.array([b"a", b"bb", None, b"dddd", b""])
+    assert [None if v is None else bytes(v) for v in encoded_images(pa.chunked_array([plain.slice(1), plain[:1]]))] == [
+        b"bb",
+        None,
+        b"dddd",
+        b"",
+        b"a",
+    ]
+    struct = pa.array([{"bytes": b"x"}, None, {"bytes": None}], pa.struct([("bytes", pa.large_binary())]))
+    assert [None if v is None else bytes(v) for v in encoded_images(pa.chunked_array([struct]))] == [b"x", None, None]
+    assert encoded_images(pa.chunked_array([], pa.binary())) == []
+
+
+def test_parquet_reads_only_images_and_labels(tmp_path):
+    images = [{"bytes": picture(i), "path": "x"} for i in range(4)]
+    table = pa.table({"image": images, "label": [0, 1, 2, 0], "junk": ["y" * 1000] * 4})
+    pq.write_table(table, tmp_path / "x.parquet")
+    source = open_source(Data(path=str(tmp_path)))
+    assert isinstance(source, ParquetSource)
+    assert source.columns == ["image.bytes", "label"]
+    assert source.describe(0, 3) == ("x.parquet", 3)
+
+
+def test_digits_are_split_once_and_for_all():
+    train, test = open_source(Data(path="digits")), open_source(Data(path="digits"), "test")
+    assert (len(train.sizes), len(test.sizes)) == (1437, 360)
+    rows = [source.describe(c, 0)[1] for source in (train, test) for c in range(len(source.sizes))]
+    assert sorted(rows) == list(range(1797))
+    from sklearn.datasets import load_digits
+
+    digits, chunk = load_digits(), test.read(17)
+    pixels = np.asarray(decode_image(chunk.images[0], channels=1))
+    assert np.array_equal(pixels, np.rint(digits.images[test.describe(17, 0)[1]] * 255 / 16))
+    assert chunk.labels[0] == digits.target[test.describe(17, 0)[1]]
+    assert list_splits(Data(path="digits")) == ["train", "test"]
+    with pytest.raises(ValueError, match=r"data\.split='dev' is not a split of digits; it has train, test"):
+        open_source(Data(path="digits", split="dev"))
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def test_flat_folders_and_single_classes_have_no_labels(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(picture(i, "PNG"))
+    source = open_source(Data(path=str(tmp_path)))
+    assert not source.has_labels
+    assert [source.describe(c, 0)[0] for c in range(3)] == ["0.png", "1.png", "2.png"]
+    write_folder(tmp_path / "one", range(3), classes=1)
+    assert not open_source(Data(path=str(tmp_path / "one"))).has_labels
+    write_folder(tmp_path, range(3))  # class folders beside loose images
+    assert not open_source(Data(path=str(tmp_path))).has_labels
+
+
+def test_other_files_hidden_files_and_links_out_are_left_out_and_counted(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside.jpg"
+    outside.write_bytes(picture(9))
+    write_folder(root, range(6))
+    (root / "class0/notes.txt").write_text("x")
+    (root / "class0/.hidden.jpg").write_bytes(picture(1))
+    (root / "class0/folder.jpg").mkdir()
+    (root / "class0/link.jpg").symlink_to(outside)
+    (root / "class0/dangling.jpg").symlink_to(tmp_path / "nothing")
+    (root / "class0/inside.jpg").symlink_to(root / "class1/0001.JPG")
+    (root / "away").symlink_to(tmp_path)
+    source = open_source(Data(path=str(root)))
+    assert len(source.sizes) == 7
+    assert source.label_names == ["class0", "class1", "class2"]
+    assert "other files left out: 1 .txt" in source.summary()
+    assert "3 links that lead out of the folder, or nowhere" in source.summary()
+
+
+def test_validation_folders_have_many_names(tmp_path):
+    write_folder(tmp_path / "train", range(6))
+    write_folder(tmp_path / "val", range(6, 9))
+    data = Data(path=str(tmp_path))
+    assert list_splits(data) == ["train", "validation"]
+    for name in ("val", "validation", "dev"):
+        assert len(open_source(data, name).sizes) == 3
+    with pytest.raises(ValueError, match=r"data\.split='test' is not a split .* it has train, validation"):
+        open_source(data, "test")
+
+
+def test_classes_named_like_splits_stay_classes(tmp_path):
+    for name in ("test", "tube", "flask"):
+        write_folder(tmp_path / name, range(2), classes=1)
+    source = open_source(Data(path=str(tmp_path)))
+    assert source.label_names == ["flask", "test", "tube"]
+
+
+def test_a_file_that_vanishes_is_a_bad_row(tmp_path):
+    write_folder(tmp_path, range(6))
+    source = open_source(Data(path=str(tmp_path)))
+    (tmp_path / source.describe(2, 0)[0]).unlink()
+    chunk = source.read(2)
+    assert chunk.images == [None]
+    assert "FileNotFoundError" in str(chunk.error)
+
+
+# ------------------------------------------------------------------------------------------------ tars
+
+
+def test_tars_refuse_links_and_pair_by_stem(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+
+        def add(name, data=b"", kind=tarfile.REGTYPE, target=""):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, target, len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+        add("a", kind=tarfile.DIRTYPE)
+        add("a/1.seg.PNG", picture(1, "PNG"))
+        add("a/1.cls", b"2")
+        add("a/2.jpg", kind=tarfile.SYMTYPE, target="/etc/passwd")
+        add("a/3.cls", b"1")
+        add("../4.jpg", picture(4))
+        add("../4.cls", b"not a number")
+        add("a/._5.jpg", b"resource fork")
+    source = open_source(Data(path=str(tmp_path)))
+    rows = rows_of(source)
+    assert [label for _, label in rows] == [2, -1]
+    assert rows[1][0] == decode_image(picture(4)).tobytes()
+    assert "1 links or special members" in source.summary()
+    assert "1 samples without an image" in source.summary()
+
+
+def test_damaged_and_empty_tars_are_named(tmp_path):
+    write_tar(tmp_path / "x.tar", range(3))
+    whole = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[:700])
+    with pytest.raises(ValueError, match=r"x\.tar is not a readable, uncompressed tar file"):
+        open_source(Data(path=str(tmp_path)))
+    with tarfile.open(tmp_path / "x.tar", "w"):
+        pass
+    with pytest.raises(ValueError, match=r"x\.tar: the tar files hold no images"):
+        open_source(Data(path=str(tmp_path)))
+
+
+def test_unknown_tar_labels_list_what_there_is(made):
+    data = Data(path=str(made / "json"), label_column="other")
+    with pytest.raises(ValueError, match=r"data\.label_column='other' .* image, json"):
+        open_source(data)
+    assert open_source(replace(data, label_column="label")).has_labels
+
+
+# ------------------------------------------------------------------------------------------------ fingerprints
+
+
+@pytest.mark.parametrize("name", ["parquet", "folder", "tar"])
+def test_fingerprints_survive_moving_and_notice_changes(made, tmp_path, name):
+    def mark(path):
+        return open_source(Data(path=str(path))).fingerprint
+
+    first = mark(made / name)
+    moved = tmp_path / "moved"
+    shutil.copytree(made / name, moved)
+    assert mark(moved) == first
+    files = sorted(p for p in moved.rglob("*") if p.is_file() and "train" in str(p))
+    marks = {first}
+
+    renamed = files[0].with_name("train-9" + files[0].suffix)
+    files[0].rename(renamed)
+    marks.add(mark(moved))
+    renamed.rename(files[0])
+    shutil.copy(files[0], renamed)
+    marks.add(mark(moved))
+    renamed.unlink()
+    files[0].unlink()
+    marks.add(mark(moved))
+    assert len(marks) == 4
+
+
+def test_truncated_files_are_noticed(made, tmp_path):
+    shutil.copytree(made / "folder", tmp_path / "folder")
+    data = Data(path=str(tmp_path / "folder"))
+    before = open_source(data)
+    file = tmp_path / "folder/train" / before.describe(0, 0)[0]
+    file.write_bytes(file.read_bytes()[:-5])
+    assert open_source(data).fingerprint != before.fingerprint
+    shutil.copytree(made / "parquet", tmp_path / "parquet")
+    shard = tmp_path / "parquet/train-1.parquet"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"train-1\.parquet is not a readable Parquet file .*; download it again"):
+        open_source(Data(path=str(tmp_path / "parquet")))
+
+
+# ------------------------------------------------------------------------------------------------ columns
+
+
+def schema_of(**columns):
+    return pa.schema(list(columns.items()))
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"image": IMAGE, "label": pa.int64()}, ("image", "label")),
+        ({"img": IMAGE, "fine_label": pa.int64(), "coarse_label": pa.int64()}, ("img", "fine_label")),
+        ({"mask": IMAGE, "image": IMAGE, "id": pa.int64()}, ("image", None)),
+        ({"content": pa.large_binary(), "height": pa.int64()}, ("content", None)),
+        ({"hash": pa.binary(), "jpg": pa.binary(), "cls": pa.int16()}, ("jpg", "cls")),
+        ({"photo_of_it": IMAGE, "label": pa.string()}, ("photo_of_it", None)),
+    ],
+)
+def test_columns_are_found_by_type_then_name(columns, expected):
+    assert choose_columns(schema_of(**columns), Data())[:2] == expected
+
+
+def test_class_labels_win_over_names():
+    import datasets
+
+    features = datasets.Features(
+        {
+            "picture": datasets.Image(),
+            "label": datasets.Value("int64"),
+            "species": datasets.ClassLabel(names=["x", "y"]),
+        }
+    )
+    assert choose_columns(features.arrow_schema, Data(), features) == ("picture", "species", ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"image_column": "x"}, r"data\.image_column='x' is not a column; the columns are a \(image\), b \(image\)"),
+        ({"image_column": "n"}, r"data\.image_column='n' holds int64, not encoded images"),
+        ({"label_column": "x", "image_column": "a"}, r"data\.label_column='x' is not a column; .*none ignores labels"),
+        ({"label_column": "s", "image_column": "a"}, r"data\.label_column='s' holds string, not integers"),
+    ],
+)
+def test_wrong_columns_are_named_with_those_there_are(wish, message):
+    schema = schema_of(a=IMAGE, b=IMAGE, n=pa.int64(), s=pa.string())
+    with pytest.raises(ValueError, match=message):
+        choose_columns(schema, Data(**wish))
+
+
+def test_two_unnamed_image_columns_have_to_be_chosen():
+    with pytest.raises(ValueError, match=r"no column is clearly .* a \(image\), b \(image\); name it with --data"):
+        choose_columns(schema_of(a=IMAGE, b=IMAGE), Data())
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "data.path is empty"),
+        ("{tmp}/parqet", "no such folder or file, and not the form of a Hub id; did you mean .*parquet"),
+        ("./missing", "no such folder or file"),
+        ("org/missing", "is not a folder or file .*, and the Hub cannot be reached .*HF_HUB_OFFLINE"),
+        (
+            "{tmp}/texts",
+            r"holds no images, Parquet or tar files \(other files left out: 2 .txt, 1 .md\); images end in",
+        ),
+        ("{tmp}/empty", "it is empty"),
+        ("{tmp}/texts/a.txt", "is a .txt file; a path is a folder"),
+        ("{tmp}/norows", "x.parquet: the Parquet files hold no rows"),
+        ("{tmp}/uneven", "b.parquet lacks the column image.bytes that a.parquet has"),
+    ],
+)
+def test_wrong_paths_say_what_was_looked_for_and_found(path, message, tmp_path):
+    for name in ("parquet", "texts", "empty", "norows", "uneven"):
+        (tmp_path / name).mkdir()
+    for name in ("a.txt", "b.txt", "c.md"):
+        (tmp_path / "texts" / name).write_text("x")
+    write_parquet(tmp_path / "norows/x.parquet", [])
+    write_parquet(tmp_path / "uneven/a.parquet", range(2))
+    pq.write_table(pa.table({"other": [1]}), tmp_path / "uneven/b.parquet")
+    with pytest.raises(ValueError, match=message):
+        open_source(Data(path=path.format(tmp=tmp_path)))
+
+
+def test_splits_that_are_not_there_are_listed(made):
+    with pytest.raises(ValueError, match=r"data\.split='dev' is not a split of .*; it has train, test"):
+        open_source(Data(path=str(made / "parquet"), split="dev"))
+    assert list_splits(Data(path=str(made / "nothing"))) == []
+
+
+def test_single_files_open(made):
+    source = open_source(Data(path=str(made / "parquet/test-0.parquet")))
+    assert sorted(rows_of(source)) == expected(range(100, 105))
+    source = open_source(Data(path=str(made / "tar/test-0.tar")))
+    assert sorted(rows_of(source)) == expected(range(100, 105))
+    assert source.describe(0, 2) == ("test-0.tar", 2)
+
+
+def test_sidecar_files_do_not_hide_parquet(made, tmp_path):
+    shutil.copytree(made / "parquet", tmp_path / "data")
+    for i in range(9):
+        (tmp_path / f"data/{i}.json").write_text("{}")
+    assert len(rows_of(open_source(Data(path=str(tmp_path / "data"))))) == 45
+
+
+def test_readme_configurations_choose_the_files(made, tmp_path):
+    shutil.copytree(made / "parquet", tmp_path / "data")
+    text = "---\nconfigs:\n- config_name: small\n  data_files: data/train-0.parquet\n- config_name: big\n"
+    text += "  data_files: data/*.parquet\n---\n"
+    (tmp_path / "README.md").write_text(text)
+    data = Data(path=str(tmp_path), name="small")
+    assert sorted(rows_of(open_source(data))) == expected(range(22))
+    with pytest.raises(ValueError, match=r"data\.name='huge': .*small.*big"):
+        open_source(replace(data, name="huge"))
+
+
+def test_real_data_sets_are_recognised(shared):
+    source = open_source(Data(path=str(shared / "data/cifar10")))
+    assert (int(source.sizes.sum()), len(source.sizes)) == (50_000, 504)
+    assert source.label_names is not None
+    assert source.label_names[:2] == ["airplane", "automobile"]
+    assert Image.open(io.BytesIO(source.read(3).images[5])).size == (32, 32)
+    birds = Data(path=str(shared / "data/birds"))
+    assert list_splits(birds) == ["train", "validation", "test"]
+    assert int(open_source(birds, "val").sizes.sum()) == 360

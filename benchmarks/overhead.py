@@ -115,7 +115,7 @@ def loop_share(folder: Path, steps: int, batch: int) -> dict[str, Any]:
     accelerator.backward = timed("backward", accelerator.backward)
     optimizer.step = timed("optimizer", optimizer.step)
     optimizer.zero_grad = timed("optimizer", optimizer.zero_grad)
-    monitor = Monitor(folder, step=-1, total_steps=steps, track="none", is_main=True, name="bench")
+    monitor = Monitor(folder, step=-1, total_steps=steps, judge_from=steps, track="none", is_main=True, name="bench")
     stop = StopSignal(1)
     start = time.perf_counter()
     fit(

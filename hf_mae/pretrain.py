@@ -87,7 +87,8 @@ def _run(
     torch.manual_seed(recipe.seed)  # the same weights on every rank; nothing else draws from it
     model = MAEForPreTraining(config)
     if recipe.engine.checkpoint_activations:
-        model.activation_checkpointing_enable()
+        # Renamed after transformers 5.20; the old name warns.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if recipe.engine.compile:
         for block in [*model.blocks, *model.decoder_blocks]:
             block.compile()  # in place, so that parameter names stay
@@ -139,7 +140,7 @@ def _run(
     parameters, world = sum(p.numel() for p in model.parameters()), accelerator.num_processes
     say(
         f"{parameters / 1e6:.2f} M parameters; {plan.total_steps} updates of {recipe.global_batch} images "
-        f"({recipe.global_batch // micro_batch // world} micro-batches of {micro_batch} per process), "
+        f"({world} x {recipe.global_batch // micro_batch // world} x {micro_batch}: processes, micro-batches, images), "
         f"{plan.steps_per_epoch:.2f} an epoch; lr up to {plan.lr:.3g} after {plan.warmup_steps:.0f} updates; "
         f"run folder {out}"
     )
@@ -167,6 +168,7 @@ def _run(
         out,
         step=state.step if resume_from is not None else -1,
         total_steps=plan.total_steps,
+        judge_from=max(100, math.ceil(2 * plan.warmup_steps)),
         track=recipe.engine.track,
         is_main=accelerator.is_main_process,
         name=recipe.name,

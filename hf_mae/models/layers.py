@@ -22,7 +22,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Map [N, L, h * w * C] in the order of `patchify` to [N, L, D]."""
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # channel last, as in a patch
+        weight = self.proj.weight
+        if weight.shape[1] > 1:  # one channel needs no reordering, and DDP warns of the strides of its gradient
+            weight = weight.permute(0, 2, 3, 1)  # channel last, as in a patch
+        weight = weight.flatten(1)
         return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
 
 

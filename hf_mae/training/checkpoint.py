@@ -97,7 +97,8 @@ def save_checkpoint(
     final, temporary = folder / f"step_{state.step:08d}", folder / f".tmp_step_{state.step:08d}"
     inner = accelerator.unwrap_model(task)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = {k.removeprefix(PREFIX): v for k, v in get_model_state_dict(task, options=options).items()}
+    gathered: dict[str, Any] = get_model_state_dict(task, options=options)
+    weights: dict[str, Tensor] = {k.removeprefix(PREFIX): v for k, v in gathered.items()}
     moments = get_optimizer_state_dict(task, optimizer, options=options)
     shadow = {k: full(v).cpu() for k, v in average.state().items()} if average is not None else {}
 
@@ -282,7 +283,7 @@ def load_checkpoint(
     """
     weights = load_file(checkpoint / "model" / "model.safetensors")
     options = StateDictOptions(full_state_dict=True)
-    own = get_model_state_dict(task)
+    own: dict[str, Any] = get_model_state_dict(task)
     expected = {k.removeprefix(PREFIX): v.shape for k, v in own.items()}
     found = {k: v.shape for k, v in weights.items()}
     if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
@@ -293,7 +294,7 @@ def load_checkpoint(
     set_model_state_dict(task, {PREFIX + k: v for k, v in weights.items()}, options=options)
 
     saved = json.loads((checkpoint / "training_state" / "state.json").read_text())
-    moments: dict[str, dict[str, Any]] = {}
+    moments: dict[str, Any] = {}
     tensors = load_file(checkpoint / "training_state" / "optimizer.safetensors")
     for key, value in [*tensors.items(), *saved["optimizer_scalars"].items()]:
         name, kind = key.rsplit("/", 1)

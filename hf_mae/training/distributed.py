@@ -20,7 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_mae.recipes.base import Engine
 
@@ -87,7 +87,7 @@ def full(tensor: Tensor) -> Tensor:
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """Return `whole` laid out as `like`: this rank's shard if `like` is sharded."""
     if isinstance(like, DTensor):
-        return torch.distributed.tensor.distribute_tensor(whole, like.device_mesh, like.placements)
+        return distribute_tensor(whole, like.device_mesh, like.placements)
     return whole
 
 

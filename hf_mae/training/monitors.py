@@ -80,13 +80,16 @@ class Monitor:
         folder: the run folder.
         step: where the run starts; rows beyond it are cut from metrics.jsonl and bad_samples.jsonl.
         total_steps: updates of the whole run.
+        judge_from: from this update on, warn once if nothing is being learned.
         track: `none`, `tensorboard` or `trackio`.
         is_main: other processes get a silent monitor.
         name: the run's name for the tracker.
     """
 
-    def __init__(self, folder: Path, *, step: int, total_steps: int, track: str, is_main: bool, name: str):
-        self.is_main, self.folder, self.total_steps = is_main, folder, total_steps
+    def __init__(
+        self, folder: Path, *, step: int, total_steps: int, judge_from: int, track: str, is_main: bool, name: str
+    ):
+        self.is_main, self.folder, self.total_steps, self.judge_from = is_main, folder, total_steps, judge_from
         self.trivial_loss: float | None = None
         self.tracker: Any = None
         self.last: dict[str, Any] = {}
@@ -138,7 +141,7 @@ class Monitor:
         )
         if self.bar.disable:
             self.say(f"step {row['step']}/{self.total_steps}: {self.bar.postfix}")
-        if not self.warned and row["step"] >= self.total_steps / 5 and (text := self.verdict()).startswith("not"):
+        if not self.warned and row["step"] >= self.judge_from and (text := self.verdict()).startswith("not"):
             self.warned = True
             self.say(text)
 

@@ -67,7 +67,8 @@ class MovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the current weights."""
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - self.decay)
+        current = [p.detach() for p in self.parameters]
+        torch._foreach_lerp_(self.shadow, current, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state(self) -> dict[str, Tensor]:
         """Return the averages by parameter name (sharded tensors stay sharded)."""

@@ -30,7 +30,7 @@ class StopSignal:
         self.world, self.since = world, 0.0
         self.work: Any = None
         self.flag = torch.zeros(1, dtype=torch.int32)
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group: Any = dist.new_group(backend="gloo") if world > 1 else None
         self.previous = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):

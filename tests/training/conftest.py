@@ -133,6 +133,7 @@ class ToyRun:
             self.out,
             step=state.step if resume else -1,
             total_steps=plan.total_steps,
+            judge_from=100,
             track="none",
             is_main=accelerator.is_main_process,
             name="toy",

@@ -14,6 +14,7 @@ chunk is asked for again, then the run stops: reading is stateless, so asking ag
 
 from __future__ import annotations
 
+import array
 import hashlib
 import io
 import json
@@ -267,15 +268,15 @@ class ParquetSource(Source):
 def encoded_images(column: pa.ChunkedArray) -> list[memoryview | None]:
     """Return views of the encoded files in a column of bytes, or of structs with a field `bytes`."""
     views: list[memoryview | None] = []
-    for array in column.chunks:
-        if pa.types.is_struct(array.type):
-            array = array.flatten()[array.type.get_field_index("bytes")]  # keeps the nulls of the struct
-        if not pa.types.is_large_binary(array.type):
-            array = array.cast(pa.large_binary())
-        _, offsets, data = array.buffers()
-        ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1].tolist()
+    for part in column.chunks:
+        if pa.types.is_struct(part.type):
+            part = part.flatten()[part.type.get_field_index("bytes")]  # keeps the nulls of the struct
+        if not pa.types.is_large_binary(part.type):
+            part = part.cast(pa.large_binary())
+        _, offsets, data = part.buffers()
+        ends = np.frombuffer(offsets, dtype=np.int64)[part.offset : part.offset + len(part) + 1].tolist()
         view = memoryview(data if data is not None else b"").cast("B")
-        valid = array.is_valid().to_pylist()
+        valid = part.is_valid().to_pylist()
         views += [view[a:b] if ok else None for a, b, ok in zip(ends, ends[1:], valid, strict=False)]
     return views
 
@@ -377,120 +378,129 @@ class TarSource(Source):
 
     def __init__(self, names: Sequence[str], paths: Sequence[str], *, label: str | None = None) -> None:
         self.names, self.paths = list(names), list(paths)
-        self.chunks: list[tuple[int, int, list[dict[str, tuple[int, int]]]]] = []  # file, first sample, samples
+        self._member, self._key = ("cls", "label") if label is None else (label, label)
+        self._use: int | None = None  # which span holds the label: 1 its own member, 2 the JSON
         left_out: Counter[str] = Counter()
-        facts, image_bytes = [], 0
-        for f in range(len(self.paths)):
-            samples = self._scan(f, left_out)
-            facts.append((self.names[f], samples))
-            image_bytes += sum(sample["image"][1] for sample in samples)
-            for a in range(0, len(samples), TAR_RUN):
-                self.chunks.append((f, a, samples[a : a + TAR_RUN]))
+        self._first_members: list[str] = []
+        # [samples, 3, 2]: offset and bytes of the image, the label's member and the JSON; -1 where there is none.
+        self._spans = [self._scan(f, left_out) for f in range(len(self.paths))]
+        self.chunks = [(f, a) for f, spans in enumerate(self._spans) for a in range(0, len(spans), TAR_RUN)]
         if not self.chunks:
             raise ValueError(f"{', '.join(self.names[:3])}: the tar files hold no images ({_counts(left_out)})")
-        self.sizes = np.array([len(samples) for _, _, samples in self.chunks], dtype=np.int64)
-        self.bytes_per_row = image_bytes / int(self.sizes.sum())
+        self.sizes = np.array([len(self._run(c)) for c in range(len(self.chunks))], dtype=np.int64)
+        self.bytes_per_row = float(np.concatenate([spans[:, 0, 1] for spans in self._spans]).mean())
         self.num_shards = len(self.names)
-        self._label = self._find_label(label)
-        self.has_labels = self._label is not None
-        self.fingerprint = fingerprint("tar", facts, self._label)
-        self.notes = [f"labels from {'.'.join(self._label)}"] if self._label else []
+        if label != "none":
+            self._find_labels(label)
+        self.has_labels = self._use is not None
+        scanned = [hashlib.sha256(spans.tobytes()).hexdigest() for spans in self._spans]
+        self.fingerprint = fingerprint("tar", self.names, scanned, self._use, self._key)
+        self.notes = []
+        if self._use is not None:
+            self.notes.append(f"labels from {self._member if self._use == 1 else f'{self._key} of json'}")
         if left_out:
             self.notes.append(f"left out: {_counts(left_out)}")
 
-    def _scan(self, file: int, left_out: Counter[str]) -> list[dict[str, tuple[int, int]]]:
-        """List the samples of a tar: {"image": (offset, bytes), "cls": ..., "json": ...}."""
-        samples: list[dict[str, tuple[int, int]]] = []
-        path, key = self.paths[file], None
+    def _scan(self, file: int, left_out: Counter[str]) -> Ints:
+        """List the samples of a tar as spans [samples, 3, 2]."""
+        path, samples = self.paths[file], array.array("q")
+        members: dict[str, tuple[int, int]] = {}
+
+        def close() -> None:
+            if "image" in members:
+                self._first_members = self._first_members or sorted(members)
+                for name in ("image", self._member, "json"):
+                    samples.extend(members.get(name, (-1, -1)))
+            elif members:
+                left_out["samples without an image"] += 1
+
         try:
-            size = os.path.getsize(path)
+            size, current = os.path.getsize(path), None
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    if member.isdir():
-                        continue
+                    tar.members = []  # type: ignore[misc]  # it keeps all of them otherwise
                     if not member.isreg():
-                        left_out["links or special members"] += 1
+                        left_out["links or special members"] += not member.isdir()
                         continue
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError(f"member {member.name} ends beyond the file")
                     folder, _, base = member.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
+                    stem, _, extension = base.lower().partition(".")
                     if not stem:
                         continue  # a hidden file, such as macOS' ._name
-                    if (folder, stem) != key:
-                        key = (folder, stem)
-                        samples.append({})
-                    extension = extension.lower()
+                    if (folder, base[: len(stem)]) != current:
+                        close()
+                        current, members = (folder, base[: len(stem)]), {}
                     name = "image" if f".{extension.rpartition('.')[2]}" in EXTENSIONS else extension
-                    samples[-1].setdefault(name, (member.offset_data, member.size))
-                    tar.members = []  # type: ignore[misc]  # or the index of a large tar is held twice
+                    members.setdefault(name, (member.offset_data, member.size))
+            close()
         except (tarfile.TarError, OSError) as error:
             raise ValueError(
                 f"{path} is not a readable, uncompressed tar file ({_one_line(error)}); download or unpack it again"
             ) from error
-        left_out["samples without an image"] += sum("image" not in sample for sample in samples)
         left_out += Counter()  # drops zeros
-        return [sample for sample in samples if "image" in sample]
+        return np.array(samples, dtype=np.int64).reshape(-1, 3, 2)
 
-    def _find_label(self, label: str | None) -> tuple[str, ...] | None:
-        if label == "none":
-            return None
-        first = self.chunks[0][2][0]
-        wanted = [("cls",), ("json", "label")] if label is None else [(label,), ("json", label)]
-        self._label = None
-        blob = self._blob(0)
-        for where in wanted:
-            if where[0] in first and _tar_label(first, where, blob) is not None:
-                return where
-        if label is None:
-            return None
-        raise ValueError(
-            f"data.label_column={label!r} is neither an integer member nor a JSON key of the first sample of "
-            f"{self.names[0]}, which has {', '.join(sorted(first))}; name one of them, or none"
-        )
+    def _find_labels(self, label: str | None) -> None:
+        blob, first = self._blob(0), self._run(0)[0]
+        for use in (1, 2):
+            if self._label(first, blob, use) is not None:
+                self._use = use
+                return
+        if label is not None:
+            raise ValueError(
+                f"data.label_column={label!r} is neither an integer member nor a JSON key of the first sample of "
+                f"{self.names[0]}, which has {', '.join(self._first_members)}; name one of them, or none"
+            )
+
+    def _run(self, chunk: int) -> Ints:
+        file, first = self.chunks[chunk]
+        return self._spans[file][first : first + TAR_RUN]
 
     def _blob(self, chunk: int) -> tuple[int, memoryview]:
         """Read a run of samples at once: (offset, bytes)."""
-        file, _, samples = self.chunks[chunk]
-        spans = [span for sample in samples for span in sample.values()]
-        low, high = min(a for a, _ in spans), max(a + n for a, n in spans)
-        with open(self.paths[file], "rb") as handle:
+        offsets, lengths = np.moveaxis(self._run(chunk), 2, 0)
+        low, high = int(offsets[offsets >= 0].min()), int((offsets + lengths).max())
+        path = self.paths[self.chunks[chunk][0]]
+        with open(path, "rb") as handle:
             handle.seek(low)
             data = handle.read(high - low)
         if len(data) < high - low:
-            raise OSError(f"{self.paths[file]} has become shorter")
+            raise OSError(f"{path} has become shorter")
         return low, memoryview(data)
+
+    def _label(self, spans: Ints, blob: tuple[int, memoryview], use: int) -> int | None:
+        if spans[use, 0] < 0:
+            return None
+        text = bytes(_cut(blob, spans[use]))
+        try:
+            value = int(text) if use == 1 else json.loads(text)[self._key]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return value if isinstance(value, int) else None
 
     def read(self, chunk: int) -> Chunk:
         """Read a run of samples."""
-        _, _, samples = self.chunks[chunk]
+        run = self._run(chunk)
         try:
             blob = self._blob(chunk)
         except OSError as error:
-            return unreadable(len(samples), error)
-        found = [_tar_label(sample, self._label, blob) if self._label else None for sample in samples]
-        labels = np.array([-1 if label is None else label for label in found], dtype=np.int64)
-        return Chunk([_cut(blob, sample["image"]) for sample in samples], labels)
+            return unreadable(len(run), error)
+        labels = np.full(len(run), -1, dtype=np.int64)
+        if self._use is not None:
+            found = [self._label(spans, blob, self._use) for spans in run]
+            labels = np.array([-1 if label is None else label for label in found], dtype=np.int64)
+        return Chunk([_cut(blob, spans[0]) for spans in run], labels)
 
     def describe(self, chunk: int, row: int) -> tuple[str, int]:
         """Name the tar, and the sample counted from its beginning."""
-        file, first, _ = self.chunks[chunk]
+        file, first = self.chunks[chunk]
         return self.names[file], first + row
 
 
-def _cut(blob: tuple[int, memoryview], span: tuple[int, int]) -> memoryview:
-    return blob[1][span[0] - blob[0] : span[0] - blob[0] + span[1]]
-
-
-def _tar_label(sample: dict[str, tuple[int, int]], where: tuple[str, ...], blob: tuple[int, memoryview]) -> int | None:
-    if where[0] not in sample:
-        return None
-    text = bytes(_cut(blob, sample[where[0]]))
-    try:
-        value = int(text) if len(where) == 1 else json.loads(text)[where[1]]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return value if isinstance(value, int) else None
+def _cut(blob: tuple[int, memoryview], span: Ints) -> memoryview:
+    start = int(span[0]) - blob[0]
+    return blob[1][start : start + int(span[1])]
 
 
 def _counts(counter: Counter[str]) -> str:
@@ -530,9 +540,9 @@ class ArrowSource(Source):
         try:
             table = self.dataset[chunk : chunk + 1]
             image = encoded_images(table.column(self.image_column))[0]
-            array = table.column(self.image_column).combine_chunks()
-            if image is None and pa.types.is_struct(array.type) and (path := array[0].as_py()["path"]):
-                image = Path(path).read_bytes()
+            value = table.column(self.image_column)[0].as_py()
+            if image is None and isinstance(value, dict) and value.get("path"):
+                image = Path(value["path"]).read_bytes()
         except (pa.ArrowInvalid, OSError) as error:
             return unreadable(1, error)
         return Chunk([image], self.labels(chunk))

@@ -190,6 +190,11 @@ def _open_folder(root: Path, found: _Found, data: Data, split: str | None) -> So
     files, notes = found.images, found.left_out()
     if data.image_column is not None:
         raise ValueError(f"data.image_column={data.image_column!r}: a folder of images has no columns; leave it out")
+    if data.label_column not in (None, "none", "label"):
+        raise ValueError(
+            f"data.label_column={data.label_column!r}: a folder of images has the names of its folders for labels; "
+            "leave it out, or use none"
+        )
     if folders:
         prefix = folders[chosen] + "/"
         files = [(name[len(prefix) :], size) for name, size in files if name.startswith(prefix)]

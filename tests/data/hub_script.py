@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,6 +54,7 @@ def error_of(action: Callable[[], object]) -> str:
 
 
 def since(start: int) -> list[dict]:
+    time.sleep(0.1)  # a request is logged just after it was answered
     return [request for request in hub.log[start:] if request["m"] == "GET"]
 
 

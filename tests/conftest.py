@@ -26,7 +26,9 @@ def _one_thread():
 def shared() -> Path:
     """The folder of real images beside the checkout; tests that need it are skipped without it."""
     if not (SHARED / "data").is_dir():
-        pytest.skip(f"needs the real images of {SHARED.name}/data, which are not part of the package (set HF_MAE_SHARED)")
+        pytest.skip(
+            f"needs the real images of {SHARED.name}/data, which are not part of the package (set HF_MAE_SHARED)"
+        )
     return SHARED
 
 

@@ -180,7 +180,7 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrian"], "command 'pretrian' is unknown; did you mean pretrain?"),
+        (["pretrian"], "command 'pretrian' is unknown; did you mean pretrain"),
         (["pretrain", "mae-vit-x-800ep"], "preset 'mae-vit-x-800ep' is unknown; did you mean mae-vit-"),
         (["pretrain", "mae-vit-b"], "data.path is empty; name a folder"),
         (["pretrain", "--model.patch-size", "3"], "image_size=8 is not a multiple of patch_size=3; use 6 or 9"),

@@ -26,7 +26,8 @@ class Batch(Protocol):
     """This rank's part of a global batch."""
 
     cursor: int
-    bad: Sequence[Any]
+    bad: Any
+    """Samples that were replaced, each with `batch` and `position`."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors, each with the rank's samples along the first dimension."""

@@ -231,12 +231,12 @@ def open_tracker(track: str, folder: Path, name: str, step: int) -> Any:
                         writer.add_scalar(key, value, at)
 
             return to_tensorboard
+        os.environ.setdefault("TRACKIO_DIR", str((folder / "events").resolve()))  # read at import
         import trackio
     except ImportError as error:
         raise ValueError(
             f"engine.track={track} is not installed ({error}); run: pip install 'hf_mae[track]'"
         ) from error
-    os.environ.setdefault("TRACKIO_DIR", str(folder / "events"))
     trackio.init(project="hf_mae", name=name, resume="allow")
 
     def to_trackio(numbers: Mapping[str, float] | None, at: int | None) -> None:

@@ -55,6 +55,9 @@ class Fixed:
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.values
 
+    def count_bad(self, samples: list[Any]) -> None:
+        assert not samples
+
     def __iter__(self):
         while True:
             self.cursor += 1

@@ -5,6 +5,7 @@ Run folder: recipe.json, environment.json, metrics.jsonl, bad_samples.jsonl, pic
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from hf_mae.training import checkpoint as checkpoints
 from hf_mae.training.checkpoint import RunLock, TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from hf_mae.training.distributed import agree, describe_world, gather_objects, make_accelerator
 from hf_mae.training.loop import fit
-from hf_mae.training.monitors import Clock, Monitor, Window
+from hf_mae.training.monitors import Clock, Monitor, Window, read_rows
 from hf_mae.training.optim import MovingAverage, build_adamw
 from hf_mae.training.schedules import make_plan
 from hf_mae.training.signals import StopSignal
@@ -47,6 +48,9 @@ from hf_mae.training.tasks import Pretraining
 
 MAX_MICRO_BATCH = 64
 """Micro-batch when none is given: the largest divisor of a process's share up to this."""
+
+BITWISE = ("processes", "device", "cpu_threads")
+"""What the last bits of a sum depend on besides the recipe, as recorded in environment.json."""
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -131,7 +135,7 @@ def _run(
         say(f"resuming at step {state.step} of {plan.total_steps} from {resume_from} ({clock.lap():.1f} s)")
     elif accelerator.is_main_process:
         (out / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
-    _record_start(out, recipe, accelerator, state, data_state)
+    _record_start(out, recipe, accelerator, state, data_state, say)
     _same_on_all_ranks({"recipe": to_dict(recipe), "data": data_state, "step": state.step}, accelerator)
 
     loader = Loader(source, order, cursor=state.step, stop=plan.total_steps, **loader_arguments)
@@ -180,6 +184,7 @@ def _run(
             evaluators, state.trivial_loss = _evaluators(recipe, config, source, out, accelerator, task, state, say)
         monitor.trivial_loss = state.trivial_loss
         with loader:
+            loader.count_bad(read_rows(out / "bad_samples.jsonl"))
             outcome = fit(
                 task,
                 optimizer,
@@ -282,6 +287,13 @@ def _run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
                 error = ValueError(f"out={out} cannot be written ({caught}); choose another --out or free some space")
         agree(error, accelerator, f"opening {out}")
         yield out
+    except OSError as caught:
+        if caught.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RuntimeError(
+            f"{caught}: the disk of out={out} is full. What was saved is whole; free some space and run the same "
+            "command again to continue"
+        ) from caught
     finally:
         if lock is not None:
             lock.release()
@@ -296,6 +308,7 @@ def _find_start(recipe: Recipe, out: Path, accelerator: Accelerator, say: _Print
             found = _choose_checkpoint(recipe, out)
             if found[0] is not None:
                 _check_recipe(recipe, found[0])
+                checkpoints.prune(found[0], recipe.engine.keep_checkpoints)
         except (ValueError, OSError) as caught:
             error = caught
     agree(error, accelerator, "looking for a checkpoint")
@@ -357,7 +370,12 @@ def _restore_rank(rank_states: list[dict[str, Any]], window: Window, accelerator
 
 
 def _record_start(
-    out: Path, recipe: Recipe, accelerator: Accelerator, state: TrainState, data_state: Mapping[str, Any]
+    out: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    state: TrainState,
+    data_state: Mapping[str, Any],
+    say: _Printer,
 ) -> None:
     """Append this start to environment.json: versions, machine, launch, and what was read."""
     pids = gather_objects(os.getpid(), accelerator)
@@ -393,6 +411,10 @@ def _record_start(
     }
     path = out / "environment.json"
     starts = json.loads(path.read_text())["starts"] if path.exists() and state.step else []
+    if starts:
+        before, now = ({k: s[k] for k in BITWISE} | {"torch": s["packages"]["torch"]} for s in (starts[-1], start))
+        if changed := [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]:
+            say(f"note: {'; '.join(changed)}: the run goes on, equal up to rounding but not to the last bit")
     temporary = out / ".environment.json.tmp"
     temporary.write_text(json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
     os.replace(temporary, path)
@@ -494,7 +516,7 @@ def _finish(recipe: Recipe, out: Path, monitor: Monitor, say: _Printer) -> None:
     if not say.is_main:
         return
     say(monitor.verdict())
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out / "metrics.jsonl")
     for name, title in (("knn_accuracy", "kNN accuracy"), ("probe_accuracy", "logistic probe"), ("rankme", "RankMe")):
         values = [(row["step"], row[name]) for row in rows if name in row]
         if values and values[0][0] == 0:

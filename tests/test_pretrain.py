@@ -121,7 +121,7 @@ def test_other_data_is_refused(recipe, tmp_path):
     own = replace(recipe, data=Data(path=str(folder)), evals=Evals(knn=False, pictures=0))
     pretrain(own)
     (folder / "0.png").rename(folder / "zero.png")
-    with pytest.raises(ValueError, match="fingerprint was .* the data has changed"):
+    with pytest.raises(ValueError, match=r"fingerprint was .* the data has changed"):
         pretrain(own)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
@@ -185,7 +185,7 @@ class Loader:
         share = global_batch // world
         self._depth = depth if depth is not None else min(8, max(1, IMAGES_AHEAD // share))
         self._max_bad_fraction = max_bad_fraction
-        self._bad: dict[tuple[int, int], str] = {}
+        self._bad: dict[tuple[str, int], str] = {}
         self._spare: deque[tuple[int, Chunk]] = deque(maxlen=2)
         engine = self._inline if not num_workers else self._threads if worker_kind == "thread" else self._processes
         self._batches: Generator[Batch, None, None] = engine()
@@ -344,7 +344,7 @@ class Loader:
                 continue
             for k in range(len(data.images)):
                 other = (row + k) % len(data.images)
-                if (number, other) in self._bad:
+                if self._source.describe(number, other) in self._bad:
                     continue
                 try:
                     decode_image(data.images[other], self._decoder.channels, max_pixels=self._decoder.max_pixels)
@@ -363,7 +363,20 @@ class Loader:
 
     def _count(self, chunk: int, row: int, reason: str, *, whole_chunk: bool = False) -> None:
         for r in range(int(self._order.sizes[chunk])) if whole_chunk else (row,):
-            self._bad.setdefault((chunk, r), reason)
+            self._bad.setdefault(self._source.describe(chunk, r), reason)
+        self._refuse_too_many()
+
+    def count_bad(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Count bad rows that other ranks met, or that this run met before it was resumed.
+
+        Raises:
+            RuntimeError: with them, too many rows are bad.
+        """
+        for sample in samples:
+            self._bad.setdefault((sample["shard"], sample["row"]), sample["reason"])
+        self._refuse_too_many()
+
+    def _refuse_too_many(self) -> None:
         rows = self._order.num_rows
         if len(self._bad) > self._max_bad_fraction * rows:
             raise RuntimeError(
@@ -373,11 +386,7 @@ class Loader:
             )
 
     def _first_reasons(self) -> str:
-        first = []
-        for (chunk, row), reason in list(self._bad.items())[:5]:
-            shard, number = self._source.describe(chunk, row)
-            first.append(f"{shard} row {number}: {reason}")
-        return "first " + "; ".join(first)
+        return "first " + "; ".join(f"{shard} row {row}: {why}" for (shard, row), why in list(self._bad.items())[:5])
 
     # -------------------------------------------------------------------------------------------- in words
 

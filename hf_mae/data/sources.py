@@ -8,6 +8,7 @@ or a column is found here, before the first step. Remote code is never run.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections import Counter
@@ -326,6 +327,8 @@ def _builder(data: Data) -> Any:
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetNotFoundError
 
+    # It warns of every README without metadata, which is no one's mistake here.
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
     path = Path(data.path).expanduser()
     named = f"data.path={data.path!r}"
     local = path.exists()

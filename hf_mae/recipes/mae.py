@@ -33,7 +33,7 @@ QUICKSTART = Recipe(
     ),
     # Digits have an orientation and fill the frame: no flip, hardly any crop.
     augment=Augment(scale=(0.8, 1.0), flip=False, mean=(0.5,), std=(0.5,)),
-    optim=Optim(base_lr=4e-3),
+    optim=Optim(base_lr=8e-3),
     schedule=Schedule(warmup_epochs=10),
     evals=Evals(probe=True, split="test"),
 )

@@ -134,8 +134,7 @@ def save_checkpoint(
         try:
             commit(temporary, final)
             _write_atomic(folder.parent / "last", final.name + "\n")
-            for old in list_checkpoints(folder)[:-keep]:
-                remove(old)
+            prune(final, keep)
         except (OSError, RuntimeError) as caught:
             error = _explain(caught, folder)
     agree(error, accelerator, f"writing {final}")
@@ -159,6 +158,13 @@ def remove(folder: Path) -> None:
         trash = folder.with_name(f".trash_{folder.name}_{os.getpid()}")
         os.rename(folder, trash)
         shutil.rmtree(trash)
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Delete the checkpoints beside `newest` that are older, but for `keep - 1` of them."""
+    older = [c for c in list_checkpoints(newest.parent) if c.name < newest.name]
+    for old in older[: max(0, len(older) - max(keep, 1) + 1)]:
+        remove(old)
 
 
 def clean(folder: Path) -> None:

@@ -43,6 +43,10 @@ class Batches(Protocol):
         """Yield this rank's batches in order."""
         ...
 
+    def count_bad(self, samples: Any) -> None:
+        """Take note of samples that could not be read on any rank; raise when they are too many."""
+        ...
+
 
 class Evaluator(Protocol):
     """Makes numbers (or pictures) from the task. A collective: it is called on all ranks."""
@@ -157,6 +161,7 @@ def fit(
             pending = []
             state.bad_samples += len(samples)
             monitor.bad(sorted(samples, key=lambda s: (s["batch"], s["position"])))
+            batches.count_bad(samples)
         if log_now:
             seconds, waited_now = clock.lap(), batches.seconds_waiting
             row = _position(state, plan) | window.means(accelerator)

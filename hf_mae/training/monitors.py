@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,21 +192,21 @@ class Monitor:
                 self.tracker(None, None)
 
 
-def cut_rows(path: Path, keep: Any) -> None:
-    """Rewrite a .jsonl file atomically with the rows that `keep` accepts; a torn last line is dropped."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if keep(row):
-            kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a .jsonl file, empty if there is none; a line torn by a kill is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def cut_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a .jsonl file atomically with the rows that `keep` accepts."""
+    if path.exists():
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if keep(row)))
+        os.replace(temporary, path)
 
 
 def open_tracker(track: str, folder: Path, name: str, step: int) -> Any:

@@ -72,6 +72,7 @@ def main():
     def interrupting(batches):
         class Interrupting:
             seconds_waiting = 0.0
+            count_bad = batches.count_bad
 
             def __iter__(self):
                 for batch in batches:

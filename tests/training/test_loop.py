@@ -65,6 +65,7 @@ def test_a_signal_saves_and_ends_the_run_cleanly(toy, number):
     def interrupted(batches):
         class Interrupting:
             seconds_waiting = 0.0
+            count_bad = batches.count_bad
 
             def __iter__(self):
                 for batch in batches:

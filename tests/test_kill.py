@@ -1,0 +1,120 @@
+"""The kill test in short form (benchmarks/kill.py has the long one), signals and full disks as a user meets them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("kill", ROOT / "benchmarks" / "kill.py")
+assert spec is not None
+assert spec.loader is not None
+kill = importlib.util.module_from_spec(spec)
+sys.modules["kill"] = kill
+spec.loader.exec_module(kill)
+
+
+@pytest.fixture(scope="module")
+def setting(shared):
+    return kill.Setting(data=str(shared / "data" / "cifar10"), steps=90, workers=2)
+
+
+@pytest.fixture(scope="module")
+def straight(setting, tmp_path_factory):
+    """One undisturbed run: what every other way of running has to equal."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    kill.finish(kill.start(setting, out), out)
+    return kill.result(out)
+
+
+def test_a_run_killed_again_and_again_equals_one_that_never_was(setting, straight, tmp_path):
+    moments = kill.run_killed(setting, tmp_path / "run", kills=3, seed=1, longest=0.3)
+    assert moments["running"] + moments["writing"] >= 2
+    assert kill.result(tmp_path / "run") == straight
+
+
+def test_two_processes_killed_equal_one_process_never_killed(setting, straight, tmp_path):
+    """Micro-batches are half the batch, so two ranks compute the very sums of one process. No decode workers here."""
+    two = replace(setting, processes=2, workers=0)
+    moments = kill.run_killed(two, tmp_path / "run", kills=1, seed=2, longest=0.3)
+    assert moments["running"] + moments["writing"] + moments["ended before"] == 1
+    found = kill.result(tmp_path / "run")
+    for name in ("model/model.safetensors", "training_state/optimizer.safetensors"):
+        assert found[name] == straight[name]
+    for a, b in zip(found["metrics"], straight["metrics"], strict=True):
+        assert a == pytest.approx(b, rel=1e-6)  # logged means are summed over ranks in another order
+
+
+def run(command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+
+def wait_for_steps(out):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not kill.progress(out):
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_exits_zero_and_the_same_command_continues(setting, straight, tmp_path, number):
+    out = tmp_path / "run"
+    process = kill.start(setting, out)
+    wait_for_steps(out)
+    os.kill(process.pid, number)
+    assert process.wait(60) == 0
+    assert (out / "stopped_by_signal").read_text().startswith(number.name)
+    last = (out / "last").read_text().strip()
+    assert 0 < int(last.removeprefix("step_")) < setting.steps
+    kill.finish(kill.start(setting, out), out)
+    assert not (out / "stopped_by_signal").exists()
+    assert kill.result(out) == straight
+
+
+def test_a_second_start_in_a_folder_in_use_is_refused(setting, tmp_path):
+    out, setting = tmp_path / "run", replace(setting, steps=5000)
+    process = kill.start(setting, out)
+    wait_for_steps(out)
+    second = run(setting.command(out))
+    kill.kill(process)
+    assert second.returncode == 1
+    assert f"run is in use by process {process.pid}" in second.stderr
+
+
+def test_decode_processes_give_the_bits_of_threads(setting, straight, tmp_path):
+    out = tmp_path / "run"
+    kill.finish(kill.start(replace(setting, kind="process"), out), out)
+    assert kill.result(out) == straight
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_stops_with_a_plain_word_and_continues_when_there_is_room(setting, straight, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not let tests mount a small disk")
+    try:
+        out = disk / "run"
+        (disk / "ballast").write_bytes(bytes(2 * 2**20 - 450_000))
+        full = run(setting.command(out))
+        assert full.returncode == 1
+        assert "no checkpoint could be written" in full.stderr
+        assert "Traceback" not in full.stderr
+        (disk / "ballast").unlink()
+        assert run(setting.command(out)).returncode == 0
+        result = kill.result(out)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert json.dumps(result, sort_keys=True) == json.dumps(straight, sort_keys=True)

@@ -9,6 +9,7 @@ inside the real `fit`; one thread, so that the parts do not overlap.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -19,11 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from hf_mae import MAEConfig, MAEForPreTraining
-from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Recipe, to_dict
+from hf_mae.data.loader import Loader
+from hf_mae.data.order import Order, choose_lanes_and_window
+from hf_mae.data.sources import open_source
+from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Augment, Data, Recipe, to_dict
 from hf_mae.recipes.mae import PRESETS
 from hf_mae.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from hf_mae.training.loop import fit
@@ -97,6 +104,42 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     return {"MB": round(size), **{k: [round(t, 2) for t in v] for k, v in times.items()}}
 
 
+def resume(folder: Path) -> dict[str, Any]:
+    """Time to the first batch at the start and at 90 % of an epoch of ImageNet-sized metadata, with real footers."""
+    source_folder = folder / "parquet"
+    source_folder.mkdir()
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 128).save(buffer, "PNG")
+    image = {"bytes": buffer.getvalue(), "path": None}
+    rows, shards = 1_281_167, 294
+    for shard in range(shards):
+        n = rows // shards + (shard < rows % shards)
+        table = pa.table({"image": [image] * n, "label": pa.array(np.arange(n) % 1000)})
+        pq.write_table(table, source_folder / f"train-{shard:05d}-of-{shards:05d}.parquet", row_group_size=100)
+    found: dict[str, Any] = {"MB": round(sum(p.stat().st_size for p in source_folder.iterdir()) / 1e6)}
+    data = Data(path=str(source_folder))
+    for name, share in (("at the start", 0.0), ("at 90 %", 0.9), ("at 90 % again", 0.9)):
+        start = time.perf_counter()
+        source = open_source(data)
+        opened = time.perf_counter() - start
+        order = Order(source.sizes, 0, *choose_lanes_and_window(source.sizes, source.bytes_per_row, data))
+        loader = Loader(
+            source,
+            order,
+            augment=Augment(),
+            image_size=(8, 8),
+            channels=3,
+            global_batch=4096,
+            cursor=int(share * rows / 4096),
+            num_workers=2,
+        )
+        with loader:
+            next(iter(loader))
+        found[name] = {"open": round(opened, 2), "first batch": round(time.perf_counter() - start - opened, 2)}
+        found["chunks"] = len(source.sizes)
+    return found
+
+
 def loop_share(folder: Path, steps: int, batch: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     recipe = replace(
@@ -161,6 +204,7 @@ def main() -> None:
         machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
         versions = {"torch": torch.__version__, "numpy": np.__version__, "date": time.strftime("%F")}
         print(json.dumps(machine | versions))
+        print(json.dumps({"resume, 1,281,167 rows in 294 shards, seconds": resume(folder)}))
         print(json.dumps({"checkpoint ViT-B, seconds": checkpoints(folder / "checkpoints")}))
         print(json.dumps({"loop around ViT-S": loop_share(folder, arguments.steps, arguments.batch)}))
 

@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command not in commands:
             raise ValueError(f"command {command!r} is unknown; {_nearest(command, commands)}")
         commands[command](arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("hf-mae: interrupted before training began; nothing was changed\n")
+        raise SystemExit(130) from None
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         if not _ours(error) or os.environ.get("HF_MAE_TRACEBACK"):
             raise

@@ -133,7 +133,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         try:
             commit(temporary, final)
-            _write_atomic(folder.parent / "last", final.name + "\n")
+            write_atomic(folder.parent / "last", final.name + "\n")
             prune(final, keep)
         except (OSError, RuntimeError) as caught:
             error = _explain(caught, folder)
@@ -214,7 +214,8 @@ def _explain(error: Exception, folder: Path) -> RuntimeError:
     )
 
 
-def _write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small file so that a reader sees the old text or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     _sync(temporary)

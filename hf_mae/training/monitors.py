@@ -111,6 +111,12 @@ class Monitor:
         )
         self.tracker = open_tracker(track, folder, name, step)
 
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def tick(self) -> None:
         """Count one update on the progress bar."""
         if self.is_main:
@@ -247,6 +253,19 @@ def open_tracker(track: str, folder: Path, name: str, step: int) -> Any:
             trackio.log({k: v for k, v in numbers.items() if k != "step"}, step=at)
 
     return to_trackio
+
+
+class Printer:
+    """Prints a line on the main process, to standard error, where the progress bar is."""
+
+    def __init__(self, is_main: bool):
+        self.is_main = is_main
+
+    def __call__(self, text: str) -> None:
+        """Print one line; silent on other processes."""
+        if self.is_main:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
 
 
 class Clock:

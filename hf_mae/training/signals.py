@@ -36,6 +36,12 @@ class StopSignal:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.previous[number] = signal.signal(number, self._handle)
 
+    def __enter__(self) -> StopSignal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT and time.monotonic() - self.since > PATIENCE:
             raise KeyboardInterrupt

@@ -8,9 +8,9 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from hf_mae import MAEConfig
-from hf_mae.pretrain import choose_micro_batch
 from hf_mae.recipes.base import HARMLESS, Data, Model, Optim, Recipe, changed_fields, flat, from_dict, to_dict
 from hf_mae.recipes.mae import PRESETS
+from hf_mae.training.run_folder import choose_micro_batch
 from hf_mae.training.schedules import make_plan
 
 PAPER = ["mae-vit-b-800ep", "mae-vit-l-1600ep", "mae-vit-h-400ep"]

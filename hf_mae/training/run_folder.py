@@ -1,0 +1,228 @@
+"""The run folder: who may write it, where a run starts, and what is put on record about each start.
+
+runs/NAME/ holds recipe.json, environment.json, metrics.jsonl, bad_samples.jsonl, pictures/, checkpoints/ and `last`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from hf_mae.recipes.base import Recipe, changed_fields, from_dict, to_dict
+from hf_mae.training.checkpoint import (
+    RunLock,
+    TrainState,
+    clean,
+    damage,
+    newest_checkpoint,
+    prune,
+    read_recipe,
+    write_atomic,
+)
+from hf_mae.training.distributed import agree, gather_objects
+from hf_mae.training.monitors import Printer, Window
+
+MAX_MICRO_BATCH = 64
+"""Micro-batch when none is given: the largest divisor of a process's share up to this."""
+
+PACKAGES = ("hf_mae", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "pyarrow", "safetensors")
+
+BITWISE = ("processes", "device", "cpu_threads")
+"""What the last bits of a sum depend on besides the recipe, as recorded in environment.json."""
+
+
+@contextmanager
+def open_run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
+    """Make, lock and tidy the run folder; the main process holds the lock until the run ends."""
+    out = Path(recipe.out or f"runs/{recipe.name}")
+    error, lock = None, None
+    try:
+        if accelerator.is_main_process:
+            try:
+                (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+                lock = RunLock(out)
+                lock.acquire()
+                clean(out / "checkpoints")
+                (out / "stopped_by_signal").unlink(missing_ok=True)
+            except RuntimeError as caught:
+                error = caught
+            except OSError as caught:
+                error = ValueError(f"out={out} cannot be written ({caught}); choose another --out or free some space")
+        agree(error, accelerator, f"opening {out}")
+        yield out
+    except OSError as caught:
+        if caught.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RuntimeError(
+            f"{caught}: the disk of out={out} is full. What was saved is whole; free some space and run the same "
+            "command again to continue"
+        ) from caught
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def find_start(recipe: Recipe, out: Path, accelerator: Accelerator, say: Printer) -> Path | None:
+    """Return the checkpoint to continue from: the run folder's newest whole one, the one asked for, or none."""
+    found: tuple[Path | None, list[str]] | None = None
+    error = None
+    if accelerator.is_main_process:
+        try:
+            found = _choose_checkpoint(recipe, out)
+            if found[0] is not None:
+                _check_recipe(recipe, found[0])
+                if recipe.resume == "auto":
+                    prune(found[0], recipe.engine.keep_checkpoints)
+        except (ValueError, OSError) as caught:
+            error = caught
+    agree(error, accelerator, "looking for a checkpoint")
+    found = gather_objects(found, accelerator)[0]
+    assert found is not None
+    for line in found[1]:
+        say(line)
+    return found[0]
+
+
+def _choose_checkpoint(recipe: Recipe, out: Path) -> tuple[Path | None, list[str]]:
+    if recipe.resume == "never":
+        if (out / "metrics.jsonl").exists():
+            raise ValueError(
+                f"resume=never but out={out} holds a run; choose another --out, or --resume auto to continue it"
+            )
+        return None, []
+    if recipe.resume == "auto":
+        found, skipped = newest_checkpoint(out / "checkpoints")
+        if found is None and skipped:
+            raise ValueError(
+                "; ".join(skipped) + f". No whole checkpoint is left in {out}; choose another --out to start anew"
+            )
+        return found, skipped
+    path = Path(recipe.resume)
+    if (path / "checkpoints").is_dir():
+        found, skipped = newest_checkpoint(path / "checkpoints")
+        if found is None:
+            raise ValueError(f"resume={recipe.resume} holds no whole checkpoint. {'; '.join(skipped)}")
+        return found, skipped
+    if not (path / "manifest.json").is_file():
+        raise ValueError(
+            f"resume={recipe.resume} is neither auto, never, nor a checkpoint folder (one with a manifest.json)"
+        )
+    if (wrong := damage(path)) is not None:
+        raise ValueError(f"resume={recipe.resume} is damaged: {wrong}; name another checkpoint")
+    return path, []
+
+
+def _check_recipe(recipe: Recipe, checkpoint: Path) -> None:
+    if changed := changed_fields(from_dict(read_recipe(checkpoint)), recipe):
+        listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
+        raise ValueError(
+            f"{checkpoint} was written by another recipe: {listed}. Use the saved values to continue, or another "
+            "--out to start a new run"
+        )
+
+
+def restore_rank(rank_states: list[dict[str, Any]], window: Window, accelerator: Accelerator) -> None:
+    """Take up this rank's part of the loss window; with another number of ranks the first takes all."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if len(rank_states) == world:
+        window.load(rank_states[rank]["window"])
+        torch.set_rng_state(torch.tensor(rank_states[rank]["torch_rng"], dtype=torch.uint8))
+        return
+    windows = [saved["window"] for saved in rank_states]
+    merged = {name: math.fsum(w["sums"].get(name, 0.0) for w in windows) for w0 in windows[:1] for name in w0["sums"]}
+    count = sum(w["count"] for w in windows)
+    window.load({"sums": merged if rank == 0 else dict.fromkeys(merged, 0.0), "count": count if rank == 0 else 0})
+
+
+def record_start(
+    out: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    state: TrainState,
+    data_state: Mapping[str, Any],
+    say: Printer,
+) -> None:
+    """Append this start to environment.json: versions, machine, launch, data. The first also writes recipe.json."""
+    pids = gather_objects(os.getpid(), accelerator)
+    if not accelerator.is_main_process:
+        return
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "step": state.step,
+        "processes": accelerator.num_processes,
+        "pids": pids,
+        "distributed_type": str(accelerator.distributed_type),
+        "device": str(accelerator.device),
+        "cpu_threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "launcher": "torchrun or accelerate" if "TORCHELASTIC_RUN_ID" in os.environ else "python",
+        "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        "packages": {name: version(name) for name in PACKAGES},
+        "data": dict(data_state),
+        "seed": recipe.seed,
+    }
+    path = out / "environment.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() and state.step else []
+    if starts:
+        before, now = ({k: s[k] for k in BITWISE} | {"torch": s["packages"]["torch"]} for s in (starts[-1], start))
+        if changed := [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]:
+            say(f"note: {'; '.join(changed)}: the run goes on, equal up to rounding but not to the last bit")
+    write_atomic(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
+    if not starts:
+        write_atomic(out / "recipe.json", json.dumps(to_dict(recipe), indent=2) + "\n")
+
+
+def require_same_on_all_ranks(values: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Compare what decides the run over ranks. A collective: call it on all ranks.
+
+    Raises:
+        RuntimeError: a rank differs from the first.
+    """
+    everyone = gather_objects(json.dumps(dict(values), sort_keys=True, default=str), accelerator)
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            raise RuntimeError(
+                f"rank {rank} was started with another recipe or sees other data than rank 0; start all alike"
+            )
+
+
+def choose_micro_batch(recipe: Recipe, processes: int) -> int:
+    """Return the images per process and forward pass.
+
+    Raises:
+        ValueError: the global batch does not divide evenly.
+    """
+    batch, micro = recipe.global_batch, recipe.micro_batch
+    if batch < 1:
+        raise ValueError(f"global_batch={batch} must be at least 1")
+    if batch % processes:
+        below = batch - batch % processes
+        raise ValueError(
+            f"global_batch={batch} is not divisible by {processes} processes; use "
+            f"{' or '.join(str(b) for b in (below, below + processes) if b)}"
+        )
+    share = batch // processes
+    if micro is None:
+        return max(d for d in range(1, min(share, MAX_MICRO_BATCH) + 1) if share % d == 0)
+    if micro < 1 or share % micro:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        nearest = sorted(divisors, key=lambda d: abs(math.log(d / max(micro, 1))))[:2]
+        raise ValueError(
+            f"micro_batch={micro} does not divide the {share} images each process takes of global_batch={batch}; use "
+            f"{' or '.join(map(str, sorted(nearest)))}"
+        )
+    return micro

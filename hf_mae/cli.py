@@ -131,9 +131,10 @@ def _nearest(name: str, known: Mapping[str, object]) -> str:
 
 
 def _ours(error: BaseException) -> bool:
-    """Return whether the error was raised by this package on purpose, rather than met by accident further down."""
+    """Return whether a `raise` of this package made the error, rather than a library or the interpreter met it."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(hf_mae.__file__).parent)
+    inside = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(hf_mae.__file__).parent)
+    return inside and (frames[-1].line or "").startswith("raise")
 
 
 if __name__ == "__main__":

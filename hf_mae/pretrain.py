@@ -24,8 +24,15 @@ from hf_mae.evaluation.reconstruction import Pictures, reconstruct
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.masking import mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
-from hf_mae.recipes.base import Recipe, to_dict
-from hf_mae.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from hf_mae.recipes.base import Recipe, check, to_dict
+from hf_mae.training.checkpoint import (
+    TrainState,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    read_data_state,
+    save_checkpoint,
+)
 from hf_mae.training.distributed import describe_world, make_accelerator
 from hf_mae.training.loop import fit
 from hf_mae.training.monitors import Clock, Monitor, Printer, Window, read_rows
@@ -45,6 +52,9 @@ from hf_mae.training.tasks import Pretraining
 BASELINE_IMAGES = 256
 """Training images that the mean-patch baseline is measured on."""
 
+RANKME_IMAGES = 2000
+"""Training images for RankMe where no kNN needs more: above the width of any preset, which bounds the rank."""
+
 
 def pretrain(recipe: Recipe) -> Path:
     """Pretrain a masked autoencoder, or continue the run in `recipe.out`.
@@ -58,6 +68,7 @@ def pretrain(recipe: Recipe) -> Path:
         ValueError: something in the recipe, the data or the run folder has to be changed; the message says what.
         RuntimeError: the run met something it cannot go on with; the message names the last good checkpoint.
     """
+    check(recipe)
     config = MAEConfig(**asdict(recipe.model))
     accelerator = make_accelerator(recipe.engine)
     say = Printer(accelerator.is_main_process)
@@ -71,15 +82,19 @@ def pretrain(recipe: Recipe) -> Path:
 
 
 def _run(recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator, say: Printer) -> None:
+    resume_from = find_start(recipe, out, accelerator, say)
+
     # What is read, in which order, and for how long.
-    source = open_source(recipe.data)
+    data = recipe.data
+    if resume_from is not None and data.revision is None:
+        data = replace(data, revision=read_data_state(resume_from)["revision"])  # where a branch stood at the start
+    source = open_source(data)
     say(source.summary())
     rows, world = int(source.sizes.sum()), accelerator.num_processes
     plan = make_plan(recipe, steps_per_epoch=steps_per_epoch(rows, recipe.global_batch, recipe.data.remainder))
     order = Order(source.sizes, recipe.seed, *choose_lanes_and_window(source.sizes, source.bytes_per_row, recipe.data))
     data_state = loader_state(source, order, recipe.global_batch, recipe.data.remainder)
     data_state["revision"] = source.revision
-    resume_from = find_start(recipe, out, accelerator, say)
 
     # What is trained.
     torch.manual_seed(recipe.seed)  # the same weights on every rank; nothing else draws from it
@@ -109,12 +124,18 @@ def _run(recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator,
             accelerator.scaler.load_state_dict(state.scaler)
         say(f"resuming at step {state.step} of {plan.total_steps} from {resume_from} ({clock.lap():.1f} s)")
     require_same_on_all_ranks({"recipe": to_dict(recipe), "data": data_state, "step": state.step}, accelerator)
-    record_start(out, recipe, accelerator, state, data_state, say)
     if state.step >= plan.total_steps:
+        record_start(out, recipe, accelerator, state, data_state, say)
         say(f"this run is finished ({state.step} updates); nothing to do. Another --out starts anew")
         return
+    evaluators, examples = _evaluators(recipe, config, source, out, accelerator, say)
+    if state.trivial_loss is None:
+        state.trivial_loss = inner.trivial_loss(examples.to(accelerator.device))
+    record_start(out, recipe, accelerator, state, data_state, say)
 
     micro_batch = choose_micro_batch(recipe, world)
+    if micro_batch < min(16, recipe.global_batch // world):
+        say(f"warning: micro-batches of {micro_batch} are slow; a global batch with more divisors makes larger ones")
     parameters = sum(p.numel() for p in model.parameters())
     say(
         f"{parameters / 1e6:.2f} M parameters; {plan.total_steps} updates of {recipe.global_batch} images "
@@ -171,9 +192,6 @@ def _run(recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator,
         for line in loader.describe():
             say(line)
         loader.count_bad(read_rows(out / "bad_samples.jsonl"))
-        evaluators, examples = _evaluators(recipe, config, source, out, accelerator, say)
-        if state.trivial_loss is None:
-            state.trivial_loss = inner.trivial_loss(examples.to(accelerator.device))
         monitor.trivial_loss = state.trivial_loss
         outcome = fit(
             task,
@@ -229,10 +247,16 @@ def _evaluators(
     )
     labelled = _labelled_split(recipe, source, say) if evals.knn or evals.probe else None
     evaluators: list[Any] = []
-    train = load(source, max(evals.train_examples, BASELINE_IMAGES) if labelled or evals.rankme else BASELINE_IMAGES)
+    count = evals.train_examples if labelled else min(evals.train_examples, RANKME_IMAGES) if evals.rankme else 0
+    count = max(count, BASELINE_IMAGES)
+    say(f"loading up to {count:,} training images{f' and {evals.test_examples:,} to test on' if labelled else ''}")
+    train = load(source, count)
     shown = train[0]
     if labelled or evals.rankme:
         test = load(labelled, evals.test_examples) if labelled else None
+        if test and not ((train[1] >= 0).any() and (test[1] >= 0).any()):
+            say("kNN: off, none of the images read has a label")
+            test = None
         shown = test[0] if test else shown
         evaluators.append(
             FeatureQuality(
@@ -274,7 +298,7 @@ def _labelled_split(recipe: Recipe, source: Source, say: Printer) -> Source | No
     if split is None:
         say("kNN: off, no test or validation split was found (--evals.split names one)")
         return None
-    test = open_source(replace(recipe.data, split=split))
+    test = open_source(replace(recipe.data, revision=source.revision), split=split)
     if not test.has_labels:
         say(f"kNN: off, split {split} has no labels")
         return None
@@ -310,6 +334,15 @@ def reconstruct_files(name: str, files: list[Path], out: Path, *, seed: int = 0)
     Raises:
         ValueError: a file is missing or no image, or the model has no decoder.
     """
+    folder = Path(name)
+    if (folder / "checkpoints").is_dir():  # a run folder: its newest model
+        newest, _ = newest_checkpoint(folder / "checkpoints")
+        folder = newest / "model" if newest else folder
+        name = str(folder)
+    if (folder.exists() or name.startswith((".", "/", "~"))) and not (folder / "config.json").is_file():
+        raise ValueError(f"{name} is not a model folder (no config.json); name runs/NAME, a model folder or a Hub id")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"out={out} cannot be written: its folder does not exist; make it or choose another --out")
     model = MAEForPreTraining.from_pretrained(name)
     config, size = model.config, height_width(model.config.image_size)
     images = []

@@ -134,9 +134,12 @@ def test_resume_never_protects_a_run(recipe):
 def test_resume_takes_a_run_folder_or_a_checkpoint_of_another_run(recipe, tmp_path):
     out = pretrain(recipe)
     again = replace(recipe, out=str(tmp_path / "again"), resume=str(out / "checkpoints" / "step_00000006"))
+    again = replace(again, engine=replace(recipe.engine, keep_checkpoints=1))
     other = pretrain(again)
     names = [folder / "checkpoints" / "step_00000012" / "model" / "model.safetensors" for folder in (out, other)]
     assert names[0].read_bytes() == names[1].read_bytes()
+    assert len(list((out / "checkpoints").iterdir())) == 2  # the other run's folder is only read
+    assert json.loads((other / "recipe.json").read_text())["resume"] == again.resume
     with pytest.raises(ValueError, match="is neither auto, never, nor a checkpoint folder"):
         pretrain(replace(recipe, out=str(tmp_path / "third"), resume=str(tmp_path)))
 
@@ -186,6 +189,7 @@ def run(*arguments):
         (["pretrain", "--model.patch-size", "3"], "image_size=8 is not a multiple of patch_size=3; use 6 or 9"),
         (["pretrain", "--model.mask-ratio", "0.99"], "mask_ratio=0.99"),
         (["pretrain", "--global-batch", "64", "--micro-batch", "7"], "micro_batch=7 does not divide"),
+        (["pretrain", "--optim.clip-grad", "-1"], "optim.clip_grad=-1.0 must be above 0"),
         (["pretrain", "--epochs", "5"], "warmup_epochs=10 must be at least 0 and below epochs=5"),
         (["pretrain", "--data.path", "no/such/folder"], "no/such/folder"),
         (["pretrain", "--engine.expect-processes", "4"], "expect_processes=4 but 1 process(es) started"),
@@ -217,6 +221,10 @@ def test_reconstruct_draws_one_picture(recipe, tmp_path, capsys):
     main(["reconstruct", model, str(tmp_path / "a.png"), "--out", str(tmp_path / "r.png")])
     with Image.open(tmp_path / "r.png") as picture:
         assert picture.width > picture.height
+    main(["reconstruct", str(out), str(tmp_path / "a.png"), "--out", str(tmp_path / "s.png")])
+    assert (tmp_path / "s.png").read_bytes() == (tmp_path / "r.png").read_bytes()
+    assert run("reconstruct", str(tmp_path), str(tmp_path / "a.png")) == 2
+    assert "is not a model folder (no config.json)" in capsys.readouterr().err
     (tmp_path / "b.png").write_text("no picture")
     assert run("reconstruct", model, str(tmp_path / "b.png")) == 2
     assert "b.png cannot be used: not a known image format" in capsys.readouterr().err

@@ -7,7 +7,7 @@ fields. Rates are fractions, sizes are pixels, lr is per optimizer update.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeAlias, cast, get_type_hints
 
@@ -290,10 +290,76 @@ HARMLESS = frozenset(
     | {f"evals.{f.name}" for f in fields(Evals)}
     | {f"engine.{f.name}" for f in fields(Engine) if f.name != "precision"}
 )
-"""Fields that may change when a run is resumed. The data may move: what it holds is checked by its fingerprint."""
+"""Fields that may change when a run is resumed. The data may move: names and sizes of its files are compared."""
 
 
 def changed_fields(saved: Recipe, current: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return `{field: (saved, current)}` of the fields that differ and decide what is learned."""
     before, now = flat(saved), flat(current)
     return {k: (before[k], now[k]) for k in now if before[k] != now[k] and k not in HARMLESS}
+
+
+# What each number may be: (field, rule as a sentence, test). NaN fails every comparison, so it is refused as well.
+_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("seed", "must lie in 0 .. 4294967295", lambda v: 0 <= v < 2**32),
+    ("epochs", "must be above 0 and finite", lambda v: 0 < v < float("inf")),
+    ("max_steps", "must be at least 1; leave it out to train for `epochs`", lambda v: v is None or v >= 1),
+    ("global_batch", "must be at least 1", lambda v: v >= 1),
+    ("num_workers", "must be at least 0", lambda v: v >= 0),
+    ("log_every", "must be at least 0; 0 logs only at the end", lambda v: v >= 0),
+    ("save_every", "must be at least 0; 0 saves only at the end", lambda v: v >= 0),
+    ("eval_every", "must be at least 0; 0 evaluates only at start and end", lambda v: v >= 0),
+    ("data.lanes", "must be at least 1; leave it out for the default", lambda v: v is None or v >= 1),
+    ("data.window_rows", "must be at least 1", lambda v: v >= 1),
+    ("data.window_bytes", "must be at least 1", lambda v: v >= 1),
+    ("data.max_bad_fraction", "must lie in 0 .. 1", lambda v: 0 <= v <= 1),
+    ("data.max_pixels", "must be at least 1", lambda v: v >= 1),
+    ("model.num_channels", "must be 3 (read as RGB) or 1 (read as grey)", lambda v: v in (1, 3)),
+    ("model.mask_ratio", "must lie between 0 and 1: without a removed patch there is no loss", lambda v: 0 < v < 1),
+    ("augment.scale", "must be two areas with 0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1),
+    ("augment.ratio", "must be two aspects with 0 < low <= high", lambda v: 0 < v[0] <= v[1] < float("inf")),
+    ("augment.color_jitter", "must lie in 0 .. 1", lambda v: 0 <= v <= 1),
+    ("augment.std", "must be positive numbers", lambda v: all(0 < x < float("inf") for x in v)),
+    ("optim.base_lr", "must be above 0 and finite", lambda v: 0 < v < float("inf")),
+    ("optim.weight_decay", "must be at least 0 and finite", lambda v: 0 <= v < float("inf")),
+    ("optim.betas", "must be two numbers in [0, 1)", lambda v: all(0 <= b < 1 for b in v)),
+    ("optim.eps", "must be above 0", lambda v: 0 < v < float("inf")),
+    ("optim.clip_grad", "must be above 0; leave it out for no clipping", lambda v: v is None or v > 0),
+    ("optim.ema_decay", "must lie between 0 and 1; leave it out for no average", lambda v: v is None or 0 < v < 1),
+    ("schedule.warmup_epochs", "must be at least 0", lambda v: v >= 0),
+    ("schedule.min_lr", "must be at least 0", lambda v: v >= 0),
+    ("evals.pictures", "must be at least 0", lambda v: v >= 0),
+    ("evals.train_examples", "must be at least 1", lambda v: v >= 1),
+    ("evals.test_examples", "must be at least 1", lambda v: v >= 1),
+    ("engine.keep_checkpoints", "must be at least 1", lambda v: v >= 1),
+)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse numbers that make no sense, before anything is opened or made.
+
+    Raises:
+        ValueError: the first field out of its range, with its value and the rule.
+    """
+    values = flat(recipe)
+    for name, rule, holds in _RULES:
+        if not holds(values[name]):
+            raise ValueError(f"{name}={values[name]} {rule}")
+    lr = recipe.optim.base_lr * recipe.global_batch / 256
+    if recipe.schedule.min_lr > lr:
+        raise ValueError(
+            f"schedule.min_lr={recipe.schedule.min_lr} is above the peak lr={lr:g} (base_lr * global_batch / 256); "
+            "lower it, or raise --optim.base-lr"
+        )
+    for name in ("mean", "std"):
+        given = values[f"augment.{name}"]
+        if len(given) != recipe.model.num_channels:
+            example = " ".join(["0.5"] * recipe.model.num_channels)
+            raise ValueError(
+                f"augment.{name}={given} has {len(given)} values but model.num_channels={recipe.model.num_channels}; "
+                f"give one per channel, such as --augment.{name} {example}"
+            )
+    if recipe.evals.split is not None and recipe.evals.split == (recipe.data.split or "train"):
+        raise ValueError(
+            f"evals.split={recipe.evals.split} is the training split; testing on it measures memory, name another"
+        )

@@ -2,7 +2,8 @@
 
     checkpoints/step_00001000/
         model/                 a Hugging Face folder: config.json, model.safetensors
-        training_state/        optimizer.safetensors (NAME/exp_avg, ...), state.json, ema.safetensors
+        model_ema/             the same with averaged weights, if the recipe asks for them
+        training_state/        optimizer.safetensors (NAME/exp_avg, ...), state.json
         data_state/rank_*.json what only that rank knows: its part of the loss window, its random state
         recipe.json            the recipe of the run
         manifest.json          size and SHA-256 of every other file; written last
@@ -20,6 +21,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -59,6 +61,8 @@ class TrainState:
     """Samples that could not be decoded so far."""
     scaler: dict[str, Any] | None = None
     """State of the fp16 gradient scaler."""
+    owes_evaluation: bool = False
+    """A signal left no time to evaluate after the last update."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,25 @@ def save_checkpoint(
     error: Exception | None = None
     if accelerator.is_main_process:
         try:
+            if wrong := next((k for k, v in weights.items() if not torch.isfinite(v).all()), None):
+                raise FloatingPointError(
+                    f"weight {wrong} is not finite after update {state.step}, so no checkpoint is written; the newest "
+                    f"whole one is {_newest_name(folder)}. Lower --optim.base-lr or use --optim.clip-grad 1.0"
+                )
             remove(temporary)
-            if final.exists():  # a damaged folder of the same step: it was skipped at start
-                remove(final)
             temporary.mkdir(parents=True)
             sizes = (
                 v.numel() * v.element_size() for v in [*weights.values(), *_flat_tensors(moments), *shadow.values()]
             )
             _require_room(folder, sum(sizes))
-            inner.write_model(temporary / "model", {k: v.contiguous() for k, v in weights.items()})
-            _write_training_state(temporary / "training_state", moments, shadow, state, data)
+            weights = {k: v.contiguous() for k, v in weights.items()}
+            inner.write_model(temporary / "model", weights)
+            if shadow:
+                inner.write_model(temporary / "model_ema", weights | shadow)
+            _write_training_state(temporary / "training_state", moments, state, data)
             (temporary / "recipe.json").write_text(json.dumps(recipe, indent=2))
+        except FloatingPointError as caught:
+            error = caught
         except (OSError, RuntimeError, SafetensorError) as caught:
             error = _explain(caught, folder)
     agree(error, accelerator, f"writing {final}")
@@ -148,8 +160,14 @@ def commit(temporary: Path, final: Path) -> None:
     (temporary / "manifest.json").write_text(json.dumps(entries, indent=1))
     for path in [*files, temporary / "manifest.json", *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         _sync(path)
+    old = None
+    if final.exists():  # damaged and skipped at start, or of a run that was taken up before it
+        old = final.with_name(f".trash_{final.name}")
+        os.rename(final, old)
     os.rename(temporary, final)
     _sync(final.parent)
+    if old is not None:
+        shutil.rmtree(old)
 
 
 def remove(folder: Path) -> None:
@@ -173,9 +191,7 @@ def clean(folder: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _write_training_state(
-    folder: Path, moments: Mapping[str, Any], shadow: Mapping[str, Tensor], state: TrainState, data: Mapping[str, Any]
-) -> None:
+def _write_training_state(folder: Path, moments: Mapping[str, Any], state: TrainState, data: Mapping[str, Any]) -> None:
     folder.mkdir()
     tensors, scalars = {}, {}
     for name, values in moments["state"].items():
@@ -186,8 +202,6 @@ def _write_training_state(
             else:
                 scalars[kind] = value
     save_file(tensors, folder / "optimizer.safetensors")
-    if shadow:
-        save_file({k: v.contiguous() for k, v in shadow.items()}, folder / "ema.safetensors")
     groups = [g | {"params": [n.removeprefix(PREFIX) for n in g["params"]]} for g in moments["param_groups"]]
     values = {"state": asdict(state), "data": data, "param_groups": groups, "optimizer_scalars": scalars}
     (folder / "state.json").write_text(json.dumps(values, indent=1))
@@ -206,12 +220,16 @@ def _require_room(folder: Path, needed: int) -> None:
 def _explain(error: Exception, folder: Path) -> RuntimeError:
     """Say what a failed write means: torch and safetensors hide a full disk behind messages of their own."""
     whole = list_checkpoints(folder)
-    previous = f"the newest whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
+    previous = f"the newest whole checkpoint is {_newest_name(folder)}" if whole else "there is no earlier checkpoint"
     free = shutil.disk_usage(folder).free if folder.exists() else 0
     return RuntimeError(
         f"no checkpoint could be written under {folder}: {error} ({free / 1e6:.1f} MB free there); {previous}. "
         "Free some space or lower --engine.keep-checkpoints, then run the same command again to continue"
     )
+
+
+def _newest_name(folder: Path) -> str:
+    return str(next(reversed(list_checkpoints(folder)), "none"))
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -273,6 +291,11 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def read_data_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what the order of the samples depended on when a checkpoint was written."""
+    return json.loads((checkpoint / "training_state" / "state.json").read_text())["data"]
+
+
 def read_recipe(checkpoint: Path) -> dict[str, Any]:
     """Return the recipe a checkpoint was written with."""
     return json.loads((checkpoint / "recipe.json").read_text())
@@ -314,7 +337,7 @@ def load_checkpoint(
             task, optimizer, {"state": moments, "param_groups": saved["param_groups"]}, options=options
         )
     if average is not None:
-        shadow = load_file(checkpoint / "training_state" / "ema.safetensors")
+        shadow = load_file(checkpoint / "model_ema" / "model.safetensors")
         for name, own_shadow in average.state().items():
             own_shadow.copy_(shard_like(shadow[name].to(own_shadow.device), own_shadow))
     ranks = sorted((checkpoint / "data_state").glob("rank_*.json"), key=lambda p: int(p.stem.split("_")[1]))
@@ -333,8 +356,18 @@ def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
 # ------------------------------------------------------------------------------------------------ one run per folder
 
 
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 class RunLock:
-    """An advisory lock on a run folder; the kernel drops it when the process dies, however it dies."""
+    """An advisory lock on a run folder; the kernel drops it when the process and its children are gone."""
 
     def __init__(self, folder: Path):
         self.path = folder / ".lock"
@@ -349,16 +382,24 @@ class RunLock:
         with suppress(ImportError):  # no fcntl on Windows
             import fcntl
 
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.file.seek(0)
-                raise RuntimeError(
-                    f"{self.path.parent} is in use by process {self.file.read().strip() or '?'}; wait for it, "
-                    "stop it, or choose another --out"
-                ) from None
-            except OSError:  # some network file systems have no locks
-                return
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    self.file.seek(0)
+                    owner = self.file.read().strip()
+                    # The decode processes of a killed run hold its lock for the moments they outlive it.
+                    if time.monotonic() < deadline and not _is_alive(owner):
+                        time.sleep(0.1)
+                        continue
+                    raise RuntimeError(
+                        f"{self.path.parent} is in use by process {owner or '?'}; wait for it, stop it, or choose "
+                        "another --out"
+                    ) from None
+                except OSError:  # some network file systems have no locks
+                    return
         self.file.seek(0)
         self.file.truncate()
         self.file.write(str(os.getpid()))

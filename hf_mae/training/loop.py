@@ -115,8 +115,9 @@ def fit(
         if rows:
             monitor.evaluated(_position(state, plan) | rows)
 
-    if state.step == 0:
+    if state.step == 0 or state.owes_evaluation:
         evaluate()
+        state.owes_evaluation = False
     clock.lap()
     task.train()
     steps_since_log = 0
@@ -173,7 +174,10 @@ def fit(
             waited, steps_since_log = waited_now, 0
             monitor.log(row)
         pause = Clock()
-        evaluate()
+        # When asked to stop there may be little time: save at once, and evaluate after the next start.
+        state.owes_evaluation = stopping and state.step < plan.total_steps
+        if not state.owes_evaluation:
+            evaluate()
         if save_now and state.step != saved_step:
             monitor.sync()
             save(state, window)

@@ -7,7 +7,9 @@ are cut at resume, so that times and rates aside the file equals that of a run t
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -100,14 +102,10 @@ class Monitor:
         cut_rows(folder / "metrics.jsonl", lambda row: row["step"] <= step)
         cut_rows(folder / "bad_samples.jsonl", lambda row: row["batch"] < step)
         self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+        # Plain lines where a bar could not be drawn: no terminal, or one without a width.
+        plain = not sys.stderr.isatty() or shutil.get_terminal_size((0, 0)).columns == 0
         self.bar = tqdm(
-            total=total_steps,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=1.0,
-            disable=None,
-            smoothing=0.1,
+            total=total_steps, initial=max(step, 0), unit="step", dynamic_ncols=True, mininterval=1.0, disable=plain
         )
         self.tracker = open_tracker(track, folder, name, step)
 
@@ -131,7 +129,8 @@ class Monitor:
         """Append one row to metrics.jsonl and pass its numbers on to the tracker."""
         if not self.is_main:
             return
-        self.file.write(json.dumps(dict(row)) + "\n")
+        row = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")
         if self.tracker is not None:
             self.tracker({k: v for k, v in row.items() if isinstance(v, int | float)}, row["step"])
 

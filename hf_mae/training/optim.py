@@ -53,12 +53,10 @@ class MovingAverage:
 
     Args:
         module: the wrapped module; its parameters are read at every update.
-        decay: weight kept per optimizer update, in (0, 1).
+        decay: weight kept per optimizer update, between 0 and 1.
     """
 
     def __init__(self, module: nn.Module, decay: float):
-        if not 0 < decay < 1:
-            raise ValueError(f"optim.ema_decay={decay} must lie between 0 and 1; use 0.999 to 0.9999, or none")
         self.decay = decay
         self.names = [name.removeprefix("module.").removeprefix("model.") for name, _ in module.named_parameters()]
         self.parameters = list(module.parameters())

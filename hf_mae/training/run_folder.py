@@ -32,7 +32,7 @@ from hf_mae.training.checkpoint import (
     write_atomic,
 )
 from hf_mae.training.distributed import agree, gather_objects
-from hf_mae.training.monitors import Printer, Window
+from hf_mae.training.monitors import Printer, Window, read_rows
 
 MAX_MICRO_BATCH = 64
 """Micro-batch when none is given: the largest divisor of a process's share up to this."""
@@ -97,7 +97,7 @@ def find_start(recipe: Recipe, out: Path, accelerator: Accelerator, say: Printer
 
 def _choose_checkpoint(recipe: Recipe, out: Path) -> tuple[Path | None, list[str]]:
     if recipe.resume == "never":
-        if (out / "metrics.jsonl").exists():
+        if newest_checkpoint(out / "checkpoints") != (None, []) or read_rows(out / "metrics.jsonl"):
             raise ValueError(
                 f"resume=never but out={out} holds a run; choose another --out, or --resume auto to continue it"
             )

@@ -46,8 +46,6 @@ def make_plan(recipe: Recipe, *, steps_per_epoch: float) -> Plan:
         ValueError: the run has no step, or the warm-up is not shorter than the run.
     """
     warmup, epochs = recipe.schedule.warmup_epochs, recipe.epochs
-    if epochs <= 0:
-        raise ValueError(f"epochs={epochs} must be above 0")
     if not 0 <= warmup < epochs:
         raise ValueError(
             f"schedule.warmup_epochs={warmup} must be at least 0 and below epochs={epochs}; lower "

@@ -48,13 +48,6 @@ class Pretraining(nn.Module):
     def __init__(self, model: MAEForPreTraining, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.model = model
-        channels = model.config.num_channels
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != channels:
-                raise ValueError(
-                    f"augment.{name}={tuple(values)} has {len(values)} values but model.num_channels={channels}; "
-                    "give one per channel"
-                )
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from hf_mae import MAEConfig
-from hf_mae.recipes.base import HARMLESS, Data, Model, Optim, Recipe, changed_fields, flat, from_dict, to_dict
+from hf_mae.recipes.base import HARMLESS, Data, Model, Optim, Recipe, changed_fields, check, flat, from_dict, to_dict
 from hf_mae.recipes.mae import PRESETS
 from hf_mae.training.run_folder import choose_micro_batch
 from hf_mae.training.schedules import make_plan
@@ -98,3 +98,46 @@ def test_the_automatic_micro_batch_divides():
     assert choose_micro_batch(recipe, 1) == 48
     assert choose_micro_batch(recipe, 2) == 48
     assert choose_micro_batch(recipe, 4) == 24
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_passes_the_check(name):
+    check(PRESETS[name])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("seed", 2**32, "must lie in 0 .. 4294967295"),
+        ("seed", -1, "must lie in"),
+        ("epochs", float("inf"), "must be above 0 and finite"),
+        ("epochs", 0.0, "must be above 0"),
+        ("max_steps", 0, "must be at least 1"),
+        ("num_workers", -1, "must be at least 0"),
+        ("log_every", -1, "must be at least 0"),
+        ("data.lanes", 0, "must be at least 1"),
+        ("data.max_bad_fraction", float("nan"), "must lie in 0 .. 1"),
+        ("model.num_channels", 4, "must be 3"),
+        ("model.mask_ratio", 0.0, "without a removed patch there is no loss"),
+        ("augment.scale", (1.0, 0.2), "0 < low <= high <= 1"),
+        ("augment.ratio", (0.0, 1.0), "0 < low <= high"),
+        ("augment.color_jitter", float("nan"), "must lie in 0 .. 1"),
+        ("augment.std", (0.0,), "must be positive"),
+        ("augment.mean", (0.5, 0.5), "has 2 values but model.num_channels=1; give one per channel, such as"),
+        ("optim.base_lr", -1.0, "must be above 0"),
+        ("optim.clip_grad", 0.0, "must be above 0; leave it out"),
+        ("optim.betas", (1.0, 2.0), "two numbers in"),
+        ("optim.ema_decay", 1.0, "must lie between 0 and 1; leave it out"),
+        ("schedule.min_lr", 1.0, "is above the peak lr=0.004"),
+        ("evals.test_examples", 0, "must be at least 1"),
+        ("evals.split", "train", "is the training split"),
+        ("engine.keep_checkpoints", 0, "must be at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(field, value, rule):
+    recipe, (group, _, name) = PRESETS["quickstart"], field.rpartition(".")
+    changed = replace(getattr(recipe, group), **{name: value}) if group else None
+    recipe = replace(recipe, **{group: changed} if group else {name: value})
+    with pytest.raises(ValueError, match=f"^{field}=") as caught:
+        check(recipe)
+    assert rule in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_mae import MAEForPreTraining
-from hf_mae.training.checkpoint import RunLock, clean, damage, list_checkpoints, newest_checkpoint
+from hf_mae.recipes.base import Optim
+from hf_mae.training.checkpoint import RunLock, clean, damage, list_checkpoints, newest_checkpoint, prune
 
 
 def clockless(run):
@@ -160,3 +162,51 @@ def test_one_run_folder_has_one_run(tmp_path):
     lock.release()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_averaged_weights_are_a_hugging_face_folder_too(toy):
+    run = replace(toy, ema=True)
+    run.train()
+    model = MAEForPreTraining.from_pretrained(run.checkpoints()[-1] / "model_ema")
+    averaged = run.average.state()
+    assert all(torch.equal(p, averaged[name]) for name, p in model.named_parameters())
+    assert not torch.equal(model.norm.bias, run.weights()["model.norm.bias"])
+
+
+def test_weights_that_are_not_finite_are_never_saved(toy):
+    """The loss of an update can be finite while the weights it leaves are not."""
+    run = toy.change(optim=Optim(base_lr=math.inf), save_every=1)
+    with pytest.raises(
+        FloatingPointError, match=r"weight \S+ is not finite after update 1, so no checkpoint is written"
+    ):
+        run.train()
+    assert toy.checkpoints() == []
+
+
+def test_saving_over_a_checkpoint_of_the_same_step_replaces_it(toy):
+    toy.train()
+    before = toy.weights()
+    (toy.checkpoints()[-1] / "recipe.json").write_text("{")
+    toy.train(resume=toy.checkpoints()[0])
+    assert damage(toy.checkpoints()[-1]) is None
+    assert all(torch.equal(v, before[k]) for k, v in toy.weights().items())
+    assert not list((toy.out / "checkpoints").glob(".*"))
+
+
+def test_pruning_keeps_what_is_newer_and_counts_only_older_ones(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    prune(tmp_path / "step_00000008", keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000006", "step_00000008", "step_00000010"]
+
+
+def test_a_lock_left_by_a_dead_process_is_waited_for(tmp_path):
+    """Children that inherited the lock of a killed run hold it for a moment."""
+    script = (
+        "import os, time\nfrom pathlib import Path\nfrom hf_mae.training.checkpoint import RunLock\n"
+        f"lock = RunLock(Path({str(tmp_path)!r}))\nlock.acquire()\nif os.fork() == 0:\n    time.sleep(1.5)\nos._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", script], timeout=60, check=True)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()

@@ -122,3 +122,55 @@ def test_verdict_is_plain_in_both_directions(toy):
     assert toy.monitor.verdict().startswith("learning: loss 0.5000 at step 20 is 50% below")
     toy.monitor.last = {"loss": 0.999, "step": 20}
     assert toy.monitor.verdict().startswith("not learning: loss 0.9990")
+
+
+class Counting:
+    """An evaluator that records the steps it ran at."""
+
+    def __init__(self):
+        self.steps = []
+
+    def due(self, step, total):
+        return step == 0 or step % 7 == 0 or step == total
+
+    def __call__(self, task, step):
+        assert not task.training
+        self.steps.append(step)
+        return {"seen": float(step)}
+
+
+def test_an_evaluation_that_a_signal_left_no_time_for_is_made_up_for(toy):
+    def interrupted(batches):
+        class Interrupting:
+            seconds_waiting = 0.0
+            count_bad = batches.count_bad
+
+            def __iter__(self):
+                for batch in batches:
+                    if batch.cursor == 7:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    yield batch
+
+        return Interrupting()
+
+    first, second = Counting(), Counting()
+    run = replace(toy, evaluators=(first,))
+    assert run.train(on_batch=interrupted) == "stopped"
+    assert first.steps == [0]
+    replace(toy, evaluators=(second,)).train(resume=run.checkpoints()[-1])
+    assert second.steps == [7, 14, 20]
+    straight = replace(toy, out=toy.out.with_name("straight"), evaluators=(Counting(),))
+    straight.train()
+    clockless = [[{k: r[k] for k in ("step", "loss", "seen") if k in r} for r in rows(x)] for x in (run, straight)]
+    assert clockless[0] == clockless[1]
+
+
+def test_numbers_that_json_has_not_are_written_as_null(toy):
+    class Strange(Counting):
+        def __call__(self, task, step):
+            return {"strange": float("nan")}
+
+    replace(toy, evaluators=(Strange(),)).train()
+    text = (toy.out / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert rows(toy)[0]["strange"] is None

@@ -50,7 +50,6 @@ def test_a_carried_remainder_counts_towards_the_length():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0.0}, "epochs=0.0 must be above 0"),
         ({"schedule": Schedule(warmup_epochs=2)}, "warmup_epochs=2 must be at least 0 and below epochs=2"),
         ({"epochs": 1.1}, "make no update"),
     ],

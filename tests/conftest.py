@@ -11,6 +11,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 SHARED = Path(os.environ.get("HF_MAE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 GOLDENS = Path(__file__).parent / "goldens"
@@ -20,6 +21,12 @@ GOLDENS = Path(__file__).parent / "goldens"
 def _one_thread():
     """Sums depend on the number of threads; bitwise tests need it fixed."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps one state per process; each test starts its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

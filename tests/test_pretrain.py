@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
@@ -234,3 +235,29 @@ def test_tensorboard_receives_the_numbers(recipe):
     pytest.importorskip("tensorboard", reason="the extra [track] is not installed")
     out = pretrain(replace(recipe, engine=replace(recipe.engine, track="tensorboard")))
     assert any(os.path.getsize(p) > 100 for p in (out / "events").iterdir())
+
+
+def test_a_change_that_ends_bitwise_equality_is_said(recipe, capsys):
+    out = pretrain(recipe)
+    (out / "checkpoints" / "step_00000012" / "manifest.json").unlink()
+    pretrain(replace(recipe, micro_batch=32))
+    said = capsys.readouterr().err
+    assert "note: micro_batch was 64, is 32: the run goes on, equal up to rounding but not to the last bit" in said
+
+
+def test_bf16_checkpointed_activations_and_averages_train_and_resume(recipe):
+    """Half precision changes the numbers a little, checkpointing not at all; both resume exactly."""
+    plain = pretrain(recipe)
+    engine = replace(recipe.engine, checkpoint_activations=True)
+    again = pretrain(replace(recipe, out=recipe.out + "_checkpointed", engine=engine))
+    assert clockless(again) == clockless(plain)
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process
+    engine = replace(engine, precision="bf16")
+    half = replace(recipe, out=recipe.out + "_half", engine=engine, optim=replace(recipe.optim, ema_decay=0.9))
+    out = pretrain(half)
+    expected = clockless(out)
+    assert expected != clockless(plain)
+    assert expected[1]["loss"] == pytest.approx(clockless(plain)[1]["loss"], rel=0.02)
+    shutil.rmtree(out / "checkpoints" / "step_00000012")
+    pretrain(half)
+    assert clockless(out) == expected

@@ -39,7 +39,7 @@ MAX_MICRO_BATCH = 64
 
 PACKAGES = ("hf_mae", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "pyarrow", "safetensors")
 
-BITWISE = ("processes", "device", "cpu_threads")
+BITWISE = ("processes", "micro_batch", "device", "cpu_threads")
 """What the last bits of a sum depend on besides the recipe, as recorded in environment.json."""
 
 
@@ -162,6 +162,7 @@ def record_start(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "step": state.step,
         "processes": accelerator.num_processes,
+        "micro_batch": choose_micro_batch(recipe, accelerator.num_processes),
         "pids": pids,
         "distributed_type": str(accelerator.distributed_type),
         "device": str(accelerator.device),

@@ -322,20 +322,20 @@ class FolderSource(Source):
     Args:
         root: the folder of the split.
         files: (name relative to the root with forward slashes, bytes), in any order.
-        use_labels: False ignores the class folders.
+        classes: names of the class folders of all splits together, in the order of their numbers; fewer than two are
+            no labels.
     """
 
     kind = "files"
 
-    def __init__(self, root: Path, files: Sequence[tuple[str, int]], *, use_labels: bool = True) -> None:
+    def __init__(self, root: Path, files: Sequence[tuple[str, int]], *, classes: Sequence[str]) -> None:
         self.root = root
         ordered = sorted(files)
         self.names = [name for name, _ in ordered]
-        classes = sorted({name.split("/", 1)[0] if "/" in name else "" for name in self.names})
-        self.has_labels = use_labels and len(classes) > 1 and "" not in classes
+        self.has_labels = len(classes) > 1 and all("/" in name for name in self.names)
         self._labels = np.full(len(ordered), -1, dtype=np.int64)
         if self.has_labels:
-            self.label_names = classes
+            self.label_names = list(classes)
             number = {name: i for i, name in enumerate(classes)}
             self._labels = np.array([number[name.split("/", 1)[0]] for name in self.names], dtype=np.int64)
         self.sizes = np.ones(len(ordered), dtype=np.int64)
@@ -563,11 +563,12 @@ class DigitsSource(Source):
 
     Args:
         split: `train` (1,437 rows) or `test` (360 rows); which row is in which is fixed.
+        use_labels: False gives no labels.
     """
 
     kind = "bundled array"
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, *, use_labels: bool = True) -> None:
         from PIL import Image
         from sklearn.datasets import load_digits
 
@@ -580,10 +581,10 @@ class DigitsSource(Source):
             out = io.BytesIO()
             Image.fromarray(picture).save(out, "PNG")
             self._images.append(out.getvalue())
-        self._labels = digits.target[rows].astype(np.int64)
+        self._labels = digits.target[rows].astype(np.int64) if use_labels else np.full(len(rows), -1, dtype=np.int64)
         self._rows = rows
         self.sizes = np.ones(len(rows), dtype=np.int64)
-        self.has_labels, self.label_names = True, [str(i) for i in range(10)]
+        self.has_labels, self.label_names = use_labels, [str(i) for i in range(10)] if use_labels else None
         self.bytes_per_row = sum(map(len, self._images)) / len(rows)
         self.fingerprint = fingerprint("digits", split, hashlib.sha256(pixels.tobytes()).hexdigest())
         self.where, self.notes = f"digits of scikit-learn, split {split}", []

@@ -8,11 +8,12 @@ or a column is found here, before the first step. Remote code is never run.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,12 +46,27 @@ SPLIT_NAMES = {
 __all__ = ["Source", "choose_columns", "list_splits", "open_source"]
 
 
-def open_source(data: Data, split: str | None = None) -> Source:
+@dataclass(frozen=True)
+class _Wish:
+    """The split that is asked for, if one is, and the field of the recipe that names it."""
+
+    split: str | None
+    field: str
+
+
+class _UnreachableError(ValueError):
+    """The Hub does not answer; it may be that no Hub id was meant."""
+
+
+def open_source(data: Data, split: str | None = None, *, field: str = "data.split") -> Source:
     """Open the images of a recipe.
+
+    To open a second split of the same commit: `open_source(replace(data, revision=first.revision), "test")`.
 
     Args:
         data: the recipe's `data` group. `path` is `digits`, a local folder or file, or a Hub id.
         split: overrides `data.split`.
+        field: the field of the recipe that names the split, for messages.
 
     Returns:
         An index of the images; nothing but metadata has been read, unless the format has no index.
@@ -59,32 +75,60 @@ def open_source(data: Data, split: str | None = None) -> Source:
         ValueError: path, split, column, configuration or a file has to be changed; says what was found.
         RuntimeError: the network failed.
     """
-    wanted = split if split is not None else data.split
+    wish = _Wish(split if split is not None else data.split, field)
     if not data.path:
         raise ValueError("data.path is empty; pass --data.path with a folder of images, a Hub id, or digits")
+    local = Path(data.path).expanduser()
+    if data.revision is not None and (data.path == "digits" or local.exists()):
+        raise ValueError(
+            f"data.revision={data.revision!r}: {data.path} is on this machine, and only data sets on the Hub have "
+            "revisions; leave it out"
+        )
     if data.path == "digits":
-        return DigitsSource(_choose_split(wanted, ["train", "test"], data))
-    if (local := Path(data.path).expanduser()).exists():
-        return _open_local(local, data, wanted)
-    return _open_hub(data, wanted)
+        return _open_digits(data, wish)
+    return _open_local(local, data, wish) if local.exists() else _open_hub(data, wish)
 
 
 def list_splits(data: Data) -> list[str]:
-    """List the splits of a data set; empty where they cannot be found out."""
+    """List the splits of a data set; empty where they cannot be found out without preparing it.
+
+    Raises:
+        RuntimeError: the network failed.
+    """
     if data.path == "digits":
         return ["train", "test"]
     local = Path(data.path).expanduser()
     try:
         if not local.exists():
-            return list(_builder(data).config.data_files or {})
+            builder = _builder(data)
+            return [str(split) for split in builder.config.data_files or builder.info.splits or {}]
         if local.is_file():
             return ["train"]
+        if (saved := local / "dataset_dict.json").exists():
+            return list(json.loads(saved.read_text())["splits"])
         found = _scan(local)
         if found.kind == "images":
             return list(_split_folders(found)) or ["train"]
         return list(_data_files(local, found, data)) if found.kind else []
-    except (ValueError, RuntimeError):
+    except _UnreachableError as error:
+        raise RuntimeError(f"the splits cannot be listed: {error}") from error
+    except (ValueError, KeyError):
         return []
+
+
+def _open_digits(data: Data, wish: _Wish) -> Source:
+    _refuse_columns(data, "the bundled digits have no columns", labels=(None, "none"))
+    return DigitsSource(_choose_split(wish, ["train", "test"], data), use_labels=data.label_column != "none")
+
+
+def _refuse_columns(data: Data, why: str, *, labels: tuple[str | None, ...] | None = None) -> None:
+    """Refuse a column that would be ignored; any label is taken where `labels` is None."""
+    if data.image_column is not None:
+        raise ValueError(f"data.image_column={data.image_column!r}: {why}; leave it out")
+    if labels is not None and data.label_column not in labels:
+        raise ValueError(
+            f"data.label_column={data.label_column!r}: {why}; leave it out, or use none to ignore the labels"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ local paths
@@ -98,23 +142,37 @@ class _Found:
     parquet: list[str] = field(default_factory=list)
     tar: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
-    links: int = 0
+    links_out: int = 0
+    links_dangling: int = 0
+    links_to_folders: int = 0
 
     @property
     def kind(self) -> str:
-        """The format with the most files; empty if there is none we index ourselves."""
+        """The format that is read; empty if there is none we index ourselves.
+
+        Not the one with the most files: pictures beside Parquet shards are previews, Parquet beside pictures is data.
+        """
         kinds = {"parquet": self.parquet, "tar": self.tar, "images": self.images}
-        best = max(kinds, key=lambda k: len(kinds[k]))
-        return best if kinds[best] else ""
+        return next((kind for kind, files in kinds.items() if files), "")
 
     def left_out(self) -> list[str]:
         """Say what the scan saw and did not take."""
-        notes = []
-        if self.others:
-            counts = ", ".join(f"{n:,} {ending}" for ending, n in self.others.most_common(6))
+        notes, others = [], Counter(self.others)
+        for kind, files in {"tar files": self.tar, "images": self.images}.items():
+            if files and not kind.startswith(self.kind):
+                others[kind] = len(files)
+        if others:
+            counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(6))
             notes.append(f"other files left out: {counts}")
-        if self.links:
-            notes.append(f"{self.links:,} links that lead out of the folder, or nowhere, were not followed")
+        if self.links_out:
+            notes.append(
+                f"{self.links_out:,} links that lead out of the folder were not followed (copy what they point to into "
+                "it, or point --data.path at the target)"
+            )
+        if self.links_dangling:
+            notes.append(f"{self.links_dangling:,} links point to nothing (restore their targets, or copy those files)")
+        if self.links_to_folders:
+            notes.append(f"{self.links_to_folders:,} links to folders inside were not followed: these are read once")
         return notes
 
 
@@ -129,15 +187,24 @@ def _scan(root: Path) -> _Found:
             name = prefix + entry.name
             if entry.name.startswith((".", "__MACOSX")):
                 continue
-            if entry.is_symlink() and not _stays_inside(Path(entry.path), real):
-                found.links += 1
-            elif entry.is_dir(follow_symlinks=False):
+            if entry.is_symlink():
+                target = _target(Path(entry.path))
+                if target is None:
+                    found.links_dangling += 1
+                    continue
+                if not target.is_relative_to(real):
+                    found.links_out += 1
+                    continue
+                if target.is_dir():
+                    found.links_to_folders += 1
+                    continue
+            if entry.is_dir(follow_symlinks=False):
                 walk(entry.path, name + "/")
             elif entry.is_file():
                 ending = os.path.splitext(entry.name)[1].lower()
                 if ending in EXTENSIONS:
                     found.images.append((name, entry.stat().st_size))
-                elif ending == ".parquet":
+                elif ending == ".parquet" and entry.name != "metadata.parquet":  # an image folder's own table
                     found.parquet.append(name)
                 elif ending == ".tar":
                     found.tar.append(name)
@@ -148,74 +215,97 @@ def _scan(root: Path) -> _Found:
     return found
 
 
-def _stays_inside(link: Path, root: Path) -> bool:
+def _target(link: Path) -> Path | None:
     try:
-        target = link.resolve(strict=True)
+        return link.resolve(strict=True)
     except (OSError, RuntimeError):  # dangling, or a circle
-        return False
-    return target.is_file() and target.is_relative_to(root)
+        return None
 
 
-def _open_local(path: Path, data: Data, split: str | None) -> Source:
+def _open_local(path: Path, data: Data, wish: _Wish) -> Source:
     if path.is_file():
-        _choose_split(split, ["train"], data)
-        if path.suffix.lower() == ".parquet":
-            return _named(ParquetSource([path.name], [str(path)], choose=_chooser(data)), str(path))
-        if path.suffix.lower() == ".tar":
-            return _named(TarSource([path.name], [str(path)], label=data.label_column), str(path))
+        _choose_split(wish, ["train"], data)
+        if (kind := path.suffix.lower()) in (".parquet", ".tar"):
+            return _named(_open_indexed(kind[1:], [path.name], [str(path)], data), str(path))
         raise ValueError(
             f"data.path={data.path!r} is a {path.suffix or 'plain'} file; a path is a folder, a .parquet or a .tar file"
         )
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _open_saved(path, data, split)
+        return _open_saved(path, data, wish)
     found = _scan(path)
     if found.kind == "images":
-        return _open_folder(path, found, data, split)
+        return _open_folder(path, found, data, wish)
     if found.kind:
         splits = _data_files(path, found, data)
-        chosen = _choose_split(split, list(splits), data)
+        chosen = _choose_split(wish, list(splits), data)
         names = splits[chosen]
         source = _open_indexed(found.kind, names, [str(path / name) for name in names], data)
+        source.notes += found.left_out()
         return _named(source, f"{path}, split {chosen}")
     if set(found.others) & {".csv", ".json", ".jsonl", ".arrow", ".lance", ".zip"}:
-        return _open_prepared(data, split, None, ", ".join(sorted(found.others)))
+        return _open_prepared(data, wish, None, ", ".join(sorted(found.others)))
     raise ValueError(
         f"data.path={data.path!r} holds no images, Parquet or tar files "
         f"({'; '.join(found.left_out()) or 'it is empty'}); images end in {', '.join(sorted(EXTENSIONS))}"
     )
 
 
-def _open_folder(root: Path, found: _Found, data: Data, split: str | None) -> Source:
+def _open_folder(root: Path, found: _Found, data: Data, wish: _Wish) -> Source:
+    _refuse_folder_columns(data)
     folders = _split_folders(found)
-    chosen = _choose_split(split, list(folders) or ["train"], data)
+    chosen = _choose_split(wish, list(folders) or ["train"], data)
     files, notes = found.images, found.left_out()
-    if data.image_column is not None:
-        raise ValueError(f"data.image_column={data.image_column!r}: a folder of images has no columns; leave it out")
-    if data.label_column not in (None, "none", "label"):
-        raise ValueError(
-            f"data.label_column={data.label_column!r}: a folder of images has the names of its folders for labels; "
-            "leave it out, or use none"
-        )
+    classes = _classes(name.split("/", 1)[1] if folders else name for name, _ in files)
     if folders:
         prefix = folders[chosen] + "/"
         files = [(name[len(prefix) :], size) for name, size in files if name.startswith(prefix)]
         root = root / folders[chosen]
-    source = FolderSource(root, files, use_labels=data.label_column != "none")
+    elif alike := [name for name in classes if any(name.lower() in aliases for aliases in SPLIT_NAMES.values())]:
+        notes.append(
+            f"folders named like splits ({', '.join(alike)}) lie beside images that are in none, so all are read as "
+            "one split; to have splits move the others away, or point --data.path at one folder"
+        )
+    source = FolderSource(root, files, classes=classes if data.label_column != "none" else [])
     source.notes += notes
     return _named(source, f"{root}, split {chosen}")
 
 
+def _refuse_folder_columns(data: Data) -> None:
+    why = "a folder of images has no columns, and the names of its folders for labels"
+    _refuse_columns(data, why, labels=(None, "none", "label"))
+
+
+def _classes(names: Iterable[str]) -> list[str]:
+    """List the first folders of names, over all splits: a class has the same number in each, whatever one lacks."""
+    return sorted({name.split("/", 1)[0] for name in names if "/" in name})
+
+
 def _split_folders(found: _Found) -> dict[str, str]:
-    """Map split to first-level folder, where those folders are splits: one of them is train, or all are split names."""
+    """Map split to first-level folder, if every image lies in a folder named like a split; else these are classes."""
     tops = {name.split("/", 1)[0] if "/" in name else "" for name, _ in found.images}
-    named = {split: top for split, aliases in SPLIT_NAMES.items() for top in sorted(tops) if top.lower() in aliases}
-    return named if "train" in named or (named and len(named) == len(tops)) else {}
+    folders: dict[str, str] = {}
+    for split, aliases in SPLIT_NAMES.items():
+        same = [top for top in sorted(tops) if top.lower() in aliases]
+        folders |= {split: same[0]} if len(same) == 1 else {top: top for top in same}  # val beside dev: two splits
+    return folders if len(folders) == len(tops) else {}
 
 
 def _open_indexed(kind: str, names: Sequence[str], paths: Sequence[str], data: Data) -> Source:
     if kind == "parquet":
-        return ParquetSource(names, paths, choose=_chooser(data))
+        return _open_parquet(names, paths, data)
+    _refuse_columns(data, "tar files have no columns")
     return TarSource(names, paths, label=data.label_column)
+
+
+def _open_parquet(
+    names: Sequence[str], paths: Sequence[str], data: Data, features: Any = None, filesystem: Any = None
+) -> ParquetSource:
+    source = ParquetSource(
+        names, paths, choose=lambda schema: choose_columns(schema, data, features), filesystem=filesystem
+    )
+    if not source.has_labels:
+        source.notes += _unused_labels(source.footers[0].schema.to_arrow_schema(), data)
+    return source
 
 
 def _data_files(root: Path, found: _Found, data: Data) -> dict[str, list[str]]:
@@ -238,16 +328,16 @@ def _data_files(root: Path, found: _Found, data: Data) -> dict[str, list[str]]:
 # ------------------------------------------------------------------------------------------------ the Hub
 
 
-def _open_hub(data: Data, split: str | None) -> Source:
+def _open_hub(data: Data, wish: _Wish) -> Source:
     builder = _builder(data)
     data_files = {str(s): [str(f) for f in files] for s, files in (builder.config.data_files or {}).items()}
     module = type(builder).__module__.rpartition(".")[2]
     if not data_files or module == "cache":  # offline, with a copy prepared earlier
-        return _open_prepared(data, split, data.revision, module)
-    chosen = _choose_split(split, list(data_files), data)
+        return _open_prepared(data, wish, data.revision, module)
+    chosen = _choose_split(wish, list(data_files), data)
     files = [_parse(url) for url in data_files[chosen]]
     if None in files or len({(f.repo, f.revision) for f in files if f}) != 1:
-        return _open_prepared(data, split, data.revision, f"{module} files outside the repository")
+        return _open_prepared(data, wish, data.revision, f"{module} files outside the repository")
     parsed = [f for f in files if f is not None]
     repo, revision = parsed[0].repo, _commit(parsed[0].repo, parsed[0].revision)
     names = [f.path for f in parsed]
@@ -257,30 +347,35 @@ def _open_hub(data: Data, split: str | None) -> Source:
         from huggingface_hub import HfFileSystem
 
         paths = [f"datasets/{repo}@{revision}/{name}" for name in names]
-        source: Source = ParquetSource(
-            names, paths, choose=_chooser(data, builder.info.features), filesystem=HfFileSystem()
-        )
+        source: Source = _open_parquet(names, paths, data, builder.info.features, HfFileSystem())
     elif module == "parquet":
-        source = ParquetSource(names, _download(repo, revision, names), choose=_chooser(data, builder.info.features))
+        source = _open_parquet(names, _download(repo, revision, names), data, builder.info.features)
         source.notes.append("downloaded to the Hub cache")
     elif module == "webdataset" and endings == {".tar"}:
-        source = TarSource(names, _download(repo, revision, names), label=data.label_column)
+        source = _open_indexed("tar", names, _download(repo, revision, names), data)
         source.notes.append("downloaded to the Hub cache: a remote tar has no index to read by ranges")
     elif module == "imagefolder" and endings <= EXTENSIONS:
-        source = _hub_folder(names, _download(repo, revision, names), data)
+        _refuse_folder_columns(data)
+        all_files = {s: [f.path for f in map(_parse, urls) if f] for s, urls in data_files.items()}
+        cuts = {s: _split_prefix(s, files) for s, files in all_files.items()}
+        classes = _classes(name[len(cuts[s]) :] for s, files in all_files.items() for name in files)
+        paths = _download(repo, revision, names)
+        root, cut = Path(paths[0]).parents[names[0].count("/")] / cuts[chosen], len(cuts[chosen])
+        sized = [(name[cut:], os.path.getsize(path)) for name, path in zip(names, paths, strict=True)]
+        source = FolderSource(root, sized, classes=classes if data.label_column != "none" else [])
         source.notes.append("downloaded to the Hub cache: one request an image would be slower")
     else:
-        return _open_prepared(data, chosen, revision, f"{module} files ({', '.join(sorted(endings))})")
+        return _open_prepared(data, wish, revision, f"{module} files ({', '.join(sorted(endings))})")
     source.revision = revision
     return _named(source, f"{data.path} on the Hub, split {chosen}")
 
 
-def _hub_folder(names: Sequence[str], paths: Sequence[str], data: Data) -> Source:
-    common = os.path.commonpath([os.path.dirname(name) for name in names])
-    cut = len(common) + 1 if common else 0
-    root = Path(paths[0]).parents[names[0].count("/")] / common
-    files = [(name[cut:], os.path.getsize(path)) for name, path in zip(names, paths, strict=True)]
-    return FolderSource(root, files, use_labels=data.label_column != "none")
+def _split_prefix(split: str, names: Sequence[str]) -> str:
+    """Return what comes before the class folders in a split's names: up to a folder named like it, else all common."""
+    parts = os.path.commonpath([os.path.dirname(name) for name in names]).split("/")
+    same = next((aliases for aliases in SPLIT_NAMES.values() if split in aliases), (split,))
+    ends = [i + 1 for i, part in enumerate(parts) if part.lower() in same]
+    return "".join(f"{part}/" for part in parts[: ends[0] if ends else len(parts)] if part)
 
 
 @dataclass(frozen=True)
@@ -351,7 +446,7 @@ def _builder(data: Data) -> Any:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if local or (status is not None and status >= 500):
             raise RuntimeError(f"{named} could not be opened: {_line(error)}; try again later") from error
-        raise ValueError(
+        raise _UnreachableError(
             f"{named} is not a folder or file (looked for {path.absolute()}), and the Hub cannot be reached "
             f"({_line(error)}){_nearby(path)}; correct the path, or go online (is HF_HUB_OFFLINE set?)"
         ) from error
@@ -384,12 +479,12 @@ def _line(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------ Arrow copies
 
 
-def _open_prepared(data: Data, split: str | None, revision: str | None, what: str) -> Source:
+def _open_prepared(data: Data, wish: _Wish, revision: str | None, what: str) -> Source:
     """Convert a format without an index to Arrow, if the user agreed to a copy."""
     if data.streaming:
         raise ValueError(
             f"data.path={data.path!r} with data.streaming=True: {what} cannot be read in random order; pass "
-            "--data.streaming False to prepare an Arrow copy on this disk first"
+            "--data.no-streaming to prepare an Arrow copy on this disk first"
         )
     from datasets import DownloadMode, load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -404,29 +499,31 @@ def _open_prepared(data: Data, split: str | None, revision: str | None, what: st
         )
     except (DatasetGenerationError, OSError, HTTP_ERROR, ValueError) as error:
         raise ValueError(f"data.path={data.path!r} could not be prepared: {_line(error)}") from error
-    source = _arrow(prepared, data, split)
+    source = _arrow(prepared, data, wish)
     source.revision = revision
     source.notes.append("prepared as an Arrow copy")
     return source
 
 
-def _open_saved(path: Path, data: Data, split: str | None) -> Source:
+def _open_saved(path: Path, data: Data, wish: _Wish) -> Source:
     from datasets import load_from_disk
 
     try:
         saved = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"data.path={data.path!r} is not a whole `save_to_disk` folder: {_line(error)}") from error
-    return _arrow(saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}, data, split)
+    return _arrow(saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}, data, wish)
 
 
-def _arrow(prepared: Any, data: Data, split: str | None) -> Source:
-    chosen = _choose_split(split, [str(s) for s in prepared], data)
+def _arrow(prepared: Any, data: Data, wish: _Wish) -> Source:
+    chosen = _choose_split(wish, [str(s) for s in prepared], data)
     dataset = prepared[chosen]
     if not len(dataset):
         raise ValueError(f"data.path={data.path!r}, split {chosen}: holds no rows")
     schema = dataset.features.arrow_schema
     source = ArrowSource(dataset, *choose_columns(schema, data, dataset.features))
+    if not source.has_labels:
+        source.notes += _unused_labels(schema, data)
     return _named(source, f"{data.path}, split {chosen}")
 
 
@@ -438,23 +535,20 @@ def _named(source: Source, where: str) -> Source:
     return source
 
 
-def _choose_split(wanted: str | None, available: Sequence[str], data: Data) -> str:
+def _choose_split(wish: _Wish, available: Sequence[str], data: Data) -> str:
     """Pick a split: the wanted one (val, valid and dev mean validation), else train, else the only one."""
+    wanted = wish.split
     if wanted is None:
         if "train" in available or len(available) == 1:
             return "train" if "train" in available else available[0]
         raise ValueError(
-            f"data.path={data.path!r} has no split train; name one with --data.split: {', '.join(available)}"
+            f"data.path={data.path!r} has no split train; name one with --{wish.field}: {', '.join(available)}"
         )
     same = next((aliases for aliases in SPLIT_NAMES.values() if wanted in aliases), (wanted,))
     for name in (wanted, *same):
         if name in available:
             return name
-    raise ValueError(f"data.split={wanted!r} is not a split of {data.path}; it has {', '.join(available)}")
-
-
-def _chooser(data: Data, features: Any | None = None) -> Any:
-    return lambda schema: choose_columns(schema, data, features)
+    raise ValueError(f"{wish.field}={wanted!r} is not a split of {data.path}; it has {', '.join(available)}")
 
 
 def choose_columns(
@@ -508,6 +602,15 @@ def choose_columns(
         raise ValueError(f"data.label_column={label!r} {why}; the columns are {listing}; none ignores labels")
     described = known.get(label) if label else None
     return image, label, list(described.names) if isinstance(described, ClassLabel) and described.names else None
+
+
+def _unused_labels(schema: pa.Schema, data: Data) -> list[str]:
+    """Say which column looked like labels and was passed over because it holds text."""
+    if data.label_column is not None:
+        return []
+    kinds = {name: schema.field(name).type for name in schema.names if name.lower() in LABEL_NAMES}
+    text = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
+    return [f"column {text[0]} holds text, not integer labels, and was not used (make it a ClassLabel)"] if text else []
 
 
 def _first(*lists: Sequence[str]) -> Iterator[str]:

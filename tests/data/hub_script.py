@@ -107,6 +107,15 @@ def stream() -> None:
     publish("org/p", folder / "q")
     assert open_source(replace(data, revision=str(sha))).fingerprint == source.fingerprint
     assert open_source(data).fingerprint != source.fingerprint
+    api.delete_file("test-0.parquet", "org/p", repo_type="dataset")
+    pinned = replace(data, revision=source.revision)
+    assert list_splits(data) == ["train"], list_splits(data)
+    assert list_splits(pinned) == ["train", "test"]
+    test = open_source(pinned, "test")
+    assert test.revision == sha
+    assert rows_of(test) == rows_of(open_source(Data(path=str(folder / "p")), "test"))
+    message = error_of(lambda: open_source(pinned, "dev", field="evals.split"))
+    assert "ValueError: evals.split='dev' is not a split of org/p; it has train, test" in message, message
     assert rows_of(source) == rows_of(local)
     downloaded = open_source(replace(data, revision=str(sha), streaming=False))
     assert rows_of(downloaded) == rows_of(local)
@@ -172,12 +181,18 @@ def downloads() -> None:
     assert rows_of(source) == rows_of(open_source(Data(path=str(folder / "f"))))
     assert source.label_names == ["class0", "class1", "class2"]
     assert list_splits(Data(path="org/f")) == ["train", "test"]
+    write_folder(folder / "g/images/train", range(9))
+    write_folder(folder / "g/images/test", (1, 4))  # of class1 only
+    publish("org/g", folder / "g")
+    source = open_source(Data(path="org/g"), "test")
+    assert source.label_names == ["class0", "class1", "class2"]
+    assert [label for _, label in rows_of(source)] == [1, 1]
 
     (folder / "c").mkdir()
     (folder / "c/rows.csv").write_text("image,label\nx,1\n")
     publish("org/c", folder / "c")
     message = error_of(lambda: open_source(Data(path="org/c")))
-    assert "csv files (.csv) cannot be read in random order; pass --data.streaming False" in message, message
+    assert "csv files (.csv) cannot be read in random order; pass --data.no-streaming" in message, message
     message = error_of(lambda: open_source(Data(path="org/c", streaming=False)))
     assert "no column is clearly one of encoded images: image (" in message, message
 

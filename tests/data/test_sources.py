@@ -91,7 +91,7 @@ def test_a_format_without_an_index_needs_a_copy(made, tmp_path):
     folder.mkdir()
     lines = [f'{{"image": "{made}/folder/train/class{i % 3}/{i:04d}.JPG", "label": {i % 3}}}' for i in NUMBERS]
     (folder / "rows.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"cannot be read in random order; pass --data\.streaming False"):
+    with pytest.raises(ValueError, match=r"cannot be read in random order; pass --data\.no-streaming "):
         open_source(Data(path=str(folder)))
     with pytest.raises(
         ValueError, match=r"no column is clearly one of encoded images: image \(string\), label \(int64\)"
@@ -186,7 +186,33 @@ def test_other_files_hidden_files_and_links_out_are_left_out_and_counted(tmp_pat
     assert len(source.sizes) == 7
     assert source.label_names == ["class0", "class1", "class2"]
     assert "other files left out: 1 .txt" in source.summary()
-    assert "3 links that lead out of the folder, or nowhere" in source.summary()
+    assert "2 links that lead out of the folder were not followed (copy what they point to" in source.summary()
+    assert "1 links point to nothing" in source.summary()
+
+
+def test_a_folder_of_nothing_but_links_out_says_what_to_do(tmp_path):
+    write_folder(tmp_path / "real", range(6))
+    for i, file in enumerate(sorted((tmp_path / "real").rglob("*.JPG"))):
+        (tmp_path / "links").mkdir(exist_ok=True)
+        (tmp_path / f"links/{i}.jpg").symlink_to(file)
+    with pytest.raises(ValueError, match=r"holds no images.*6 links that lead out .*point --data\.path at the target"):
+        open_source(Data(path=str(tmp_path / "links")))
+
+
+def test_a_class_has_one_number_in_all_splits(tmp_path):
+    for split, classes in (("train", "abc"), ("test", "bc")):
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "x.png").write_bytes(picture(1, "PNG"))
+    train, test = (open_source(Data(path=str(tmp_path)), split) for split in ("train", "test"))
+    assert train.label_names == test.label_names == ["a", "b", "c"]
+    assert [label for _, label in rows_of(train)] == [0, 1, 2]
+    assert [label for _, label in rows_of(test)] == [1, 2]
+    # A split without class folders has no labels; the others keep theirs.
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/x.png").write_bytes(picture(1, "PNG"))
+    assert not open_source(Data(path=str(tmp_path)), "val").has_labels
+    assert open_source(Data(path=str(tmp_path))).label_names == ["a", "b", "c"]
 
 
 def test_validation_folders_have_many_names(tmp_path):
@@ -205,6 +231,19 @@ def test_classes_named_like_splits_stay_classes(tmp_path):
         write_folder(tmp_path / name, range(2), classes=1)
     source = open_source(Data(path=str(tmp_path)))
     assert source.label_names == ["flask", "test", "tube"]
+    write_folder(tmp_path / "train", range(2), classes=1)
+    source = open_source(Data(path=str(tmp_path)))
+    assert len(source.sizes) == 8
+    assert source.label_names == ["flask", "test", "train", "tube"]
+    assert "folders named like splits (test, train) lie beside images that are in none" in source.summary()
+
+
+def test_two_folders_for_one_split_stay_apart(tmp_path):
+    for name in ("train", "val", "dev"):
+        write_folder(tmp_path / name, range(len(name)))
+    data = Data(path=str(tmp_path))
+    assert list_splits(data) == ["train", "dev", "val"]
+    assert [len(open_source(data, name).sizes) for name in ("train", "val", "dev")] == [5, 3, 3]
 
 
 def test_a_file_that_vanishes_is_a_bad_row(tmp_path):
@@ -328,6 +367,42 @@ def test_columns_are_found_by_type_then_name(columns, expected):
     assert choose_columns(schema_of(**columns), Data())[:2] == expected
 
 
+def test_a_column_of_text_labels_is_named_where_it_is_passed_over(tmp_path):
+    pq.write_table(pa.table({"image": [picture(0)], "label": ["cat"]}), tmp_path / "x.parquet")
+    data = Data(path=str(tmp_path))
+    assert "column label holds text, not integer labels, and was not used" in open_source(data).summary()
+    assert "holds text" not in open_source(replace(data, label_column="none")).summary()
+    pq.write_table(pa.table({"image": [picture(0)], "label": ["cat"], "class": [1]}), tmp_path / "x.parquet")
+    assert "holds text" not in open_source(data).summary()
+
+
+@pytest.mark.parametrize(
+    ("name", "wish"),
+    [
+        ("folder", {"image_column": "image"}),
+        ("folder", {"label_column": "species"}),
+        ("tar", {"image_column": "jpg"}),
+        ("digits", {"image_column": "image"}),
+        ("digits", {"label_column": "digit"}),
+        ("parquet", {"revision": "main"}),
+        ("tar/train-0.tar", {"revision": "main"}),
+        ("digits", {"revision": "main"}),
+    ],
+)
+def test_options_that_mean_nothing_here_are_refused(made, name, wish):
+    path = name if name == "digits" else str(made / name)
+    ((field, value),) = wish.items()
+    with pytest.raises(ValueError, match=rf"data\.{field}='{value}': .*leave it out"):
+        open_source(Data(path=path, **wish))
+
+
+def test_labels_of_the_digits_can_be_ignored():
+    source = open_source(Data(path="digits", label_column="none"))
+    assert not source.has_labels
+    assert source.label_names is None
+    assert source.read(0).labels.tolist() == [-1]
+
+
 def test_class_labels_win_over_names():
     import datasets
 
@@ -397,6 +472,22 @@ def test_splits_that_are_not_there_are_listed(made):
     with pytest.raises(ValueError, match=r"data\.split='dev' is not a split of .*; it has train, test"):
         open_source(Data(path=str(made / "parquet"), split="dev"))
     assert list_splits(Data(path=str(made / "nothing"))) == []
+    for path in (str(made / "parquet"), str(made / "folder"), str(made / "tar/test-0.tar"), "digits"):
+        with pytest.raises(ValueError, match=r"^evals\.split='nonsense' is not a split of .*; it has t"):
+            open_source(Data(path=path), "nonsense", field="evals.split")
+
+
+def test_an_unreachable_hub_is_not_a_data_set_without_splits():
+    with pytest.raises(RuntimeError, match=r"splits cannot be listed: .*the Hub cannot be reached"):
+        list_splits(Data(path="org/missing"))
+
+
+def test_splits_of_a_saved_data_set_are_listed(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"image": [picture(0)]})
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    assert list_splits(Data(path=str(tmp_path / "saved"))) == ["train", "test"]
 
 
 def test_single_files_open(made):
@@ -412,6 +503,25 @@ def test_sidecar_files_do_not_hide_parquet(made, tmp_path):
     for i in range(9):
         (tmp_path / f"data/{i}.json").write_text("{}")
     assert len(rows_of(open_source(Data(path=str(tmp_path / "data"))))) == 45
+
+
+def test_pictures_beside_shards_are_previews(made, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(made / "parquet", root)
+    shutil.copy(made / "tar/train-0.tar", root)
+    write_folder(root / "previews", range(10))
+    source = open_source(Data(path=str(root)))
+    assert sorted(rows_of(source)) == expected(NUMBERS)
+    assert "other files left out: 10 images, 1 tar files" in source.summary()
+    for file in root.glob("*.parquet"):
+        file.unlink()
+    assert isinstance(open_source(Data(path=str(root))), TarSource)
+
+
+def test_a_table_beside_pictures_does_not_hide_them(tmp_path):
+    write_folder(tmp_path, range(6))
+    pq.write_table(pa.table({"file_name": ["x"], "text": ["y"]}), tmp_path / "metadata.parquet")
+    assert len(rows_of(open_source(Data(path=str(tmp_path))))) == 6
 
 
 def test_readme_configurations_choose_the_files(made, tmp_path):

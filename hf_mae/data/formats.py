@@ -8,13 +8,15 @@
 | Arrow   | a row                                        | the length                         |
 | Digits  | a row                                        | the length                         |
 
-A chunk that cannot be read locally is a chunk of bad rows with a reason, counted and replaced by the loader. A remote
-chunk is asked for again, then the run stops: reading is stateless, so asking again is always safe.
+A chunk whose content is damaged is a chunk of bad rows with a reason, counted and replaced by the loader. Whatever the
+operating system or the network says is asked again, then the run stops: reading is stateless, so asking again is always
+safe, and a row that only happened to be out of reach must not be replaced, or a resumed run would differ.
 """
 
 from __future__ import annotations
 
 import array
+import errno
 import hashlib
 import io
 import json
@@ -50,6 +52,12 @@ HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 TAR_RUN = 32
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0)
+LOCAL_RETRY_SECONDS = (0.1, 0.5, 2.0)
+
+# A machine short of something, or a network file system with hiccups: the next try may succeed.
+PASSING = frozenset(
+    [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT]
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class Source(ABC):
         """Read one chunk. Thread-safe.
 
         Raises:
-            RuntimeError: a remote chunk could not be read after several tries; names the shard and row group.
+            RuntimeError: the file is gone, or could not be reached in several tries; names it.
         """
 
     @abstractmethod
@@ -222,12 +230,12 @@ class ParquetSource(Source):
         file, groups, _, _ = self.chunks[chunk]
         footer, path = self.footers[file], self.paths[file]
         if self.filesystem is None:
-            with pq.ParquetFile(path, metadata=footer) as opened:
+            with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as opened:
                 return opened.read_row_groups(groups, columns=columns, use_threads=False)
         with (
             self.filesystem.open(path, cache_type="none") as handle,
             # pre_buffer joins the columns' ranges into one request.
-            pq.ParquetFile(handle, metadata=footer, pre_buffer=True) as opened,
+            pq.ParquetFile(handle, metadata=footer, pre_buffer=True, page_checksum_verification=True) as opened,
         ):
             return opened.read_row_groups(groups, columns=columns, use_threads=False)
 
@@ -238,7 +246,7 @@ class ParquetSource(Source):
             what = f"{self.names[file]}, row group {groups[0]}" + (f" to {groups[-1]}" if len(groups) > 1 else "")
             return self._chunk(retry(lambda: self._table(chunk, self.columns), what))
         try:
-            return self._chunk(self._table(chunk, self.columns))
+            return self._chunk(read_local(lambda: self._table(chunk, self.columns), self.paths[file]))
         except pa.ArrowMemoryError:
             raise
         except (pa.ArrowException, OSError) as error:
@@ -257,7 +265,7 @@ class ParquetSource(Source):
         try:
             return column_labels(self._table(chunk, [self.label_column]).column(0))
         except (pa.ArrowException, OSError):
-            return None  # only asked for a description; reading the chunk will report it
+            return None  # only asked for a description; reading the chunk says what is wrong
 
     def describe(self, chunk: int, row: int) -> tuple[str, int]:
         """Name the file, and the row counted from its beginning."""
@@ -309,6 +317,28 @@ def retry(action: Callable[[], T], what: str) -> T:
     raise AssertionError
 
 
+def read_local(action: Callable[[], T], path: str | Path) -> T:
+    """Call `action`, which reads a local file, until the system lets it through, four times in all.
+
+    Raises:
+        RuntimeError: the system says that the file is gone or out of reach; names it.
+        OSError: without an errno, which is how Arrow reports damaged content; and all that is no OSError.
+    """
+    for pause in (*LOCAL_RETRY_SECONDS, None):
+        try:
+            return action()
+        except OSError as error:
+            if error.errno is None:
+                raise
+            if pause is None or error.errno not in PASSING:
+                raise RuntimeError(
+                    f"could not read {path}: {_one_line(error)}; it was there when the run started, so restore it (or "
+                    "what the machine is short of), then start again: the run continues from its last checkpoint"
+                ) from error
+        time.sleep(pause)
+    raise AssertionError
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
@@ -346,10 +376,8 @@ class FolderSource(Source):
 
     def read(self, chunk: int) -> Chunk:
         """Read one file."""
-        try:
-            return Chunk([(self.root / self.names[chunk]).read_bytes()], self._labels[chunk : chunk + 1])
-        except OSError as error:
-            return unreadable(1, error)
+        path = self.root / self.names[chunk]
+        return Chunk([read_local(path.read_bytes, path)], self._labels[chunk : chunk + 1])
 
     def labels(self, chunk: int) -> Ints | None:
         """Return the class of one file."""
@@ -398,6 +426,8 @@ class TarSource(Source):
         self.notes = []
         if self._use is not None:
             self.notes.append(f"labels from {self._member if self._use == 1 else f'{self._key} of json'}")
+        elif label is None and "cls" in self._first_members:
+            self.notes.append("the .cls members hold no integers and were not used for labels")
         if left_out:
             self.notes.append(f"left out: {_counts(left_out)}")
 
@@ -433,10 +463,19 @@ class TarSource(Source):
                         current, members = (folder, base[: len(stem)]), {}
                     name = "image" if f".{extension.rpartition('.')[2]}" in EXTENSIONS else extension
                     members.setdefault(name, (member.offset_data, member.size))
+                # What ends the loop may be any block that is no header, or the end of the file.
+                end = tar.offset
             close()
+            with open(path, "rb") as handle:
+                handle.seek(end)
+                if handle.read(512) != bytes(512):
+                    raise tarfile.ReadError(
+                        f"it ends at byte {end} without the mark that ends an archive (blocks of zeros), so a part of "
+                        "it may be missing"
+                    )
         except (tarfile.TarError, OSError) as error:
             raise ValueError(
-                f"{path} is not a readable, uncompressed tar file ({_one_line(error)}); download or unpack it again"
+                f"{path} is not a whole, uncompressed tar file ({_one_line(error)}); copy, download or pack it again"
             ) from error
         left_out += Counter()  # drops zeros
         return np.array(samples, dtype=np.int64).reshape(-1, 3, 2)
@@ -462,11 +501,15 @@ class TarSource(Source):
         offsets, lengths = np.moveaxis(self._run(chunk), 2, 0)
         low, high = int(offsets[offsets >= 0].min()), int((offsets + lengths).max())
         path = self.paths[self.chunks[chunk][0]]
-        with open(path, "rb") as handle:
-            handle.seek(low)
-            data = handle.read(high - low)
+
+        def read() -> bytes:
+            with open(path, "rb") as handle:
+                handle.seek(low)
+                return handle.read(high - low)
+
+        data = read_local(read, path)
         if len(data) < high - low:
-            raise OSError(f"{path} has become shorter")
+            raise RuntimeError(f"{path} has become shorter since the run started; restore it, then start again")
         return low, memoryview(data)
 
     def _label(self, spans: Ints, blob: tuple[int, memoryview], use: int) -> int | None:
@@ -481,11 +524,7 @@ class TarSource(Source):
 
     def read(self, chunk: int) -> Chunk:
         """Read a run of samples."""
-        run = self._run(chunk)
-        try:
-            blob = self._blob(chunk)
-        except OSError as error:
-            return unreadable(len(run), error)
+        run, blob = self._run(chunk), self._blob(chunk)
         labels = np.full(len(run), -1, dtype=np.int64)
         if self._use is not None:
             found = [self._label(spans, blob, self._use) for spans in run]
@@ -538,11 +577,10 @@ class ArrowSource(Source):
     def read(self, chunk: int) -> Chunk:
         """Read one row; a row that only names a file is read from there, as `datasets` does."""
         try:
-            table = self.dataset[chunk : chunk + 1]
-            image = encoded_images(table.column(self.image_column))[0]
-            value = table.column(self.image_column)[0].as_py()
+            column = read_local(lambda: self.dataset[chunk : chunk + 1].column(self.image_column), self._name)
+            image, value = encoded_images(column)[0], column[0].as_py()
             if image is None and isinstance(value, dict) and value.get("path"):
-                image = Path(value["path"]).read_bytes()
+                image = read_local(Path(value["path"]).read_bytes, value["path"])
         except (pa.ArrowInvalid, OSError) as error:
             return unreadable(1, error)
         return Chunk([image], self.labels(chunk))

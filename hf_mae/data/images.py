@@ -4,6 +4,9 @@ Decoding knows ten formats by their first bytes and tries nothing else (no PostS
 header before it decodes, and maps whatever Pillow raises for bad data to `ImageError`. Pillow's own bomb check is not
 used: it warns, and a warning filter cannot be set in one thread.
 
+What Pillow's readers warn of (broken EXIF or TIFF directories, mostly) is switched off once, at import, for these
+modules alone: filters are global, so changing them around each picture would be a race between the decoding threads.
+
 Every random choice comes from a row of uniforms that the caller draws (`hf_mae.data.order.uniforms`), so a crop is a
 function of the sample's place in the stream. The random resized crop is torchvision's, try for try.
 """
@@ -11,8 +14,10 @@ function of the sample's place in the stream. The random resized crop is torchvi
 from __future__ import annotations
 
 import io
+import logging
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -69,7 +74,12 @@ EXTENSIONS = frozenset(
 )
 """File names taken for images, lower case. The content decides the format."""
 
+# A picture that decodes is fine whatever its reader muttered; one that does not is listed with the reason.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
 # What Pillow's readers raise for damaged files. A warning is raised only where the user's filters make it an error.
+# MemoryError is not among them: a good picture must not be replaced because memory was short.
 _PILLOW_RAISES = (
     OSError,
     SyntaxError,
@@ -81,7 +91,6 @@ _PILLOW_RAISES = (
     AssertionError,
     EOFError,
     ArithmeticError,
-    MemoryError,
     NotImplementedError,
     struct.error,
     zlib.error,

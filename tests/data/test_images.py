@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -84,6 +86,42 @@ def test_hostile_files_raise_no_warning_and_give_grey_too(manifest):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert decode_image((folder / entry["file"]).read_bytes(), channels=1).mode == "L", entry["file"]
+
+
+def test_what_pillow_warns_of_stays_off_the_console(tmp_path):
+    exif = b"Exif\0\0II*\0" + (8).to_bytes(4, "little") + b"\x05\0" + b"\x1a\x01\x05\0\x01\0\0\0\xff\xff\0\0"
+    (tmp_path / "x.jpg").write_bytes(encode(noise(9, 7), "JPEG", exif=exif))
+    code = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from PIL import JpegImagePlugin
+data = Path(sys.argv[1]).read_bytes()
+if sys.argv[2] == "ours":
+    from hf_mae.data.images import decode_image as read
+else:
+    import io
+    def read(data): JpegImagePlugin.JpegImageFile(io.BytesIO(data)).load()
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(read, [data] * 20))
+"""
+
+    def console(which: str) -> str:
+        command = [sys.executable, "-W", "always", "-c", code, str(tmp_path / "x.jpg"), which]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stderr
+
+    assert "UserWarning" in console("pillow")
+    assert console("ours") == ""
+
+
+def test_a_lack_of_memory_is_not_a_bad_picture(monkeypatch):
+    def short(self):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "load", short)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", short)
+    with pytest.raises(MemoryError):
+        decode_image(encode(noise(9, 7), "PPM"))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import resource
 import shutil
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from hf_mae.data import formats
 from hf_mae.data.formats import ArrowSource, FolderSource, ParquetSource, TarSource, encoded_images
 from hf_mae.data.images import decode_image
 from hf_mae.data.sources import choose_columns, list_splits, open_source
@@ -246,13 +249,55 @@ def test_two_folders_for_one_split_stay_apart(tmp_path):
     assert [len(open_source(data, name).sizes) for name in ("train", "val", "dev")] == [5, 3, 3]
 
 
-def test_a_file_that_vanishes_is_a_bad_row(tmp_path):
-    write_folder(tmp_path, range(6))
+@pytest.mark.parametrize("name", ["parquet", "folder", "tar"])
+def test_a_file_that_vanishes_ends_the_run_with_its_name(made, tmp_path, name):
+    shutil.copytree(made / name, tmp_path / name)
+    source = open_source(Data(path=str(tmp_path / name)))
+    file = next((tmp_path / name).rglob(Path(source.describe(0, 0)[0]).name))
+    file.unlink()
+    with pytest.raises(RuntimeError, match=rf"could not read .*{file.name}: FileNotFoundError.* restore it"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("name", ["parquet", "folder", "tar"])
+def test_running_out_of_file_descriptors_is_waited_for_and_never_a_bad_row(made, name, monkeypatch):
+    source = open_source(Data(path=str(made / name)))
+    expected, limit = rows_of(source), resource.getrlimit(resource.RLIMIT_NOFILE)
+    pauses = []
+
+    def full(number):
+        """Nothing can be opened, until `number` tries have failed."""
+        pauses.clear()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+
+        def pause(seconds):
+            pauses.append(seconds)
+            if len(pauses) == number:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+        monkeypatch.setattr(formats.time, "sleep", pause)
+
+    try:
+        full(2)
+        assert rows_of(source) == expected
+        assert len(pauses) == 2
+        full(99)
+        with pytest.raises(RuntimeError, match=r"could not read .*train.*Too many open files"):
+            source.read(0)
+        assert len(pauses) == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_page_checksums_find_a_changed_byte(tmp_path):
+    table = pa.table({"image": pa.array([picture(0), picture(1)], pa.binary())})
+    options = {"use_dictionary": False, "compression": "none", "write_statistics": False}
+    pq.write_table(table, tmp_path / "x.parquet", write_page_checksum=True, **options)
     source = open_source(Data(path=str(tmp_path)))
-    (tmp_path / source.describe(2, 0)[0]).unlink()
-    chunk = source.read(2)
-    assert chunk.images == [None]
-    assert "FileNotFoundError" in str(chunk.error)
+    data = (tmp_path / "x.parquet").read_bytes()
+    at = data.index(picture(0)) + 300
+    (tmp_path / "x.parquet").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    assert "CRC" in str(source.read(0).error)
 
 
 # ------------------------------------------------------------------------------------------------ tars
@@ -282,12 +327,34 @@ def test_tars_refuse_links_and_pair_by_stem(tmp_path):
     assert "1 samples without an image" in source.summary()
 
 
+def test_tar_labels_of_text_are_named_where_they_are_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in (("1.jpg", picture(1)), ("1.cls", b"cat")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert "the .cls members hold no integers" in open_source(Data(path=str(tmp_path))).summary()
+
+
 def test_damaged_and_empty_tars_are_named(tmp_path):
     write_tar(tmp_path / "x.tar", range(3))
     whole = (tmp_path / "x.tar").read_bytes()
     (tmp_path / "x.tar").write_bytes(whole[:700])
-    with pytest.raises(ValueError, match=r"x\.tar is not a readable, uncompressed tar file"):
+    with pytest.raises(ValueError, match=r"x\.tar is not a whole, uncompressed tar file .*; copy, download"):
         open_source(Data(path=str(tmp_path)))
+    (tmp_path / "x.tar").write_bytes(whole)
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        second = tar.getmembers()[2].offset
+        end = tar.getmembers()[-1].offset + 1024
+    for cut in (second, end):  # between two members: nothing but the mark of the end is missing
+        (tmp_path / "x.tar").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=rf"x\.tar .*ends at byte {cut} without the mark .*; copy, download"):
+            open_source(Data(path=str(tmp_path)))
+    (tmp_path / "x.tar").write_bytes(whole[:second] + b"x" * 512 + whole[second + 512 :])  # no header
+    with pytest.raises(ValueError, match=rf"x\.tar .*ends at byte {second} without the mark"):
+        open_source(Data(path=str(tmp_path)))
+    (tmp_path / "x.tar").write_bytes(whole[: end + 512])  # one block of zeros is enough
+    assert len(rows_of(open_source(Data(path=str(tmp_path))))) == 3
     with tarfile.open(tmp_path / "x.tar", "w"):
         pass
     with pytest.raises(ValueError, match=r"x\.tar: the tar files hold no images"):

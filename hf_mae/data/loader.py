@@ -5,18 +5,21 @@ their kind nor their number can matter. A batch carries its positions and the cu
 last batch trained on, never the reader's, which is ahead.
 
 A picture that cannot be decoded is replaced by the next good row of its chunk, then of the chunks after it: a function
-of (chunk, row) alone, so all ranks, workers and restarts agree. It is listed, and too many stop the run.
+of (chunk, row) alone, so all ranks, workers and restarts agree. It is listed in its batch. Whether there are too many
+is for `Loader.count_bad` to say, from the lists of all ranks, so that no rank stops before another.
 """
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +53,8 @@ PROCESS_GROUP = 64
 """Images sent to a process at once."""
 IMAGES_AHEAD = 2048
 """Decoded ahead of the training step, within one to eight batches."""
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h: the signal to get when the thread that forked us ends."""
 EXAMPLE_CHUNKS = 64
 """Chunks that `load_examples` takes its rows from, where they hold enough."""
 
@@ -129,7 +134,7 @@ class Loader:
         remainder: `carry` or `drop`, see `hf_mae.recipes.base.Data`.
         num_workers: decoders; 0 decodes in `next()`.
         worker_kind: threads, or processes for more than about eight cores a rank.
-        max_bad_fraction: of the rows; more stop the run.
+        max_bad_fraction: of the rows; `count_bad` raises when there are more.
         max_pixels: largest picture that is decoded.
         extras: (epochs [n], positions [n]) to more tensors of the batch, such as mask noise; called in a worker thread.
         depth: batches decoded ahead; None is what makes about 2,048 images.
@@ -185,7 +190,9 @@ class Loader:
         share = global_batch // world
         self._depth = depth if depth is not None else min(8, max(1, IMAGES_AHEAD // share))
         self._max_bad_fraction = max_bad_fraction
-        self._bad: dict[tuple[str, int], str] = {}
+        self._counted: dict[tuple[str, int], str] = {}
+        # Rows that failed as stand-ins, by (chunk, row): what is known here saves time and changes no choice.
+        self._undecodable: dict[tuple[int, int], str] = {}
         self._spare: deque[tuple[int, Chunk]] = deque(maxlen=2)
         engine = self._inline if not num_workers else self._threads if worker_kind == "thread" else self._processes
         self._batches: Generator[Batch, None, None] = engine()
@@ -267,7 +274,7 @@ class Loader:
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_depend_on_the_parent,
             prefetch_factor=max(2, -(-(self._depth + 1) * groups // self._num_workers)),
             generator=torch.Generator(),  # else it draws from the global one
         )
@@ -318,7 +325,7 @@ class Loader:
         for slot, reason in sorted(failures):
             chunk, row = int(piece.chunks[slot]), int(piece.rows[slot])
             reason = chunks[slot].error or reason
-            self._count(chunk, row, reason, whole_chunk=chunks[slot].error is not None)
+            self._undecodable[chunk, row] = reason
             encoded, label = self._stand_in(chunk, row, chunks[slot])
             place = slice(slot, slot + 1)
             failed = self._decoder([encoded], piece.epochs[place], piece.positions[place], pixels.numpy()[place])
@@ -339,20 +346,18 @@ class Loader:
         for step in range(total):
             number = (chunk + step) % total
             data = data if step == 0 else self._read_spare(number)
-            if data.error is not None:
-                self._count(number, row % len(data.images), data.error, whole_chunk=True)
-                continue
             for k in range(len(data.images)):
                 other = (row + k) % len(data.images)
-                if self._source.describe(number, other) in self._bad:
+                if (number, other) in self._undecodable:
                     continue
                 try:
                     decode_image(data.images[other], self._decoder.channels, max_pixels=self._decoder.max_pixels)
                 except ImageError as error:
-                    self._count(number, other, str(error))
+                    self._undecodable[number, other] = data.error or str(error)
                     continue
                 return data.images[other], int(data.labels[other])
-        raise RuntimeError(f"none of the {self._order.num_rows} images can be decoded; {self._first_reasons()}")
+        bad = {self._source.describe(c, r): reason for (c, r), reason in list(self._undecodable.items())[:5]}
+        raise RuntimeError(f"none of the {self._order.num_rows} images can be decoded; {_first_reasons(bad)}")
 
     def _read_spare(self, chunk: int) -> Chunk:
         for number, data in self._spare:
@@ -361,32 +366,24 @@ class Loader:
         self._spare.append((chunk, self._source.read(chunk)))
         return self._spare[-1][1]
 
-    def _count(self, chunk: int, row: int, reason: str, *, whole_chunk: bool = False) -> None:
-        for r in range(int(self._order.sizes[chunk])) if whole_chunk else (row,):
-            self._bad.setdefault(self._source.describe(chunk, r), reason)
-        self._refuse_too_many()
-
     def count_bad(self, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Count bad rows that other ranks met, or that this run met before it was resumed.
+        """Count distinct bad rows; the only place that finds them too many.
+
+        A function of what it is given: call it on every rank with the samples gathered from all of them, and at the
+        start with those that the run listed before.
 
         Raises:
-            RuntimeError: with them, too many rows are bad.
+            RuntimeError: with them, more than `max_bad_fraction` of the rows are bad.
         """
         for sample in samples:
-            self._bad.setdefault((sample["shard"], sample["row"]), sample["reason"])
-        self._refuse_too_many()
-
-    def _refuse_too_many(self) -> None:
+            self._counted.setdefault((sample["shard"], sample["row"]), sample["reason"])
         rows = self._order.num_rows
-        if len(self._bad) > self._max_bad_fraction * rows:
+        if len(self._counted) > self._max_bad_fraction * rows:
             raise RuntimeError(
-                f"{len(self._bad)} of {rows} images cannot be decoded, more than max_bad_fraction="
-                f"{self._max_bad_fraction:g} allows; {self._first_reasons()}; mend the data, or raise "
+                f"{len(self._counted)} of {rows} images cannot be decoded, more than max_bad_fraction="
+                f"{self._max_bad_fraction:g} allows; {_first_reasons(self._counted)}; mend the data, or raise "
                 "--data.max-bad-fraction"
             )
-
-    def _first_reasons(self) -> str:
-        return "first " + "; ".join(f"{shard} row {row}: {why}" for (shard, row), why in list(self._bad.items())[:5])
 
     # -------------------------------------------------------------------------------------------- in words
 
@@ -431,6 +428,10 @@ class Loader:
         return len(seen - {-1}), len(names)
 
 
+def _first_reasons(bad: Mapping[tuple[str, int], str]) -> str:
+    return "first " + "; ".join(f"{shard} row {row}: {why}" for (shard, row), why in list(bad.items())[:5])
+
+
 def _encoded(piece: Piece, part: slice) -> list[Buffer | None]:
     """Wait for the chunks of these slots and look the rows up."""
     rows = piece.rows[part].tolist()
@@ -464,11 +465,17 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Outlive Ctrl-C and one SIGTERM: they reach the whole process group, and the parent has a step to finish."""
+def _depend_on_the_parent(worker: int) -> None:
+    """Outlive Ctrl-C and one SIGTERM, which reach the whole process group: the parent has a step to finish.
+
+    But not the parent, however it ends: a worker holds what it inherited, such as the lock of the run folder. torch
+    looks for the parent every five seconds; Linux tells at once.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The second is meant for us: it is how an exiting parent ends its children.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     torch.set_num_threads(1)
 
 
@@ -480,8 +487,8 @@ def load_examples(
 ) -> tuple[Tensor, Tensor]:
     """Load a fixed subset for evaluation, with the centre transform; bad images are passed over.
 
-    The rows come in turn from up to 64 chunks (more where those hold too few), so that a large data set is not read as
-    a whole, and a small count still sees many places of it.
+    The rows come in turn from 64 chunks (from more where those hold too few good ones), so that a large data set is not
+    read as a whole, and a small count still sees many places of it.
 
     Args:
         source: from `open_source`.
@@ -493,35 +500,62 @@ def load_examples(
 
     Returns:
         pixel_values uint8 [n, C, H, W], labels int64 [n] (-1 none).
+
+    Raises:
+        ValueError: none of the rows looked at can be decoded; gives the first reasons.
     """
     order = permutation(len(source.sizes), seed, EXAMPLES)
-    wanted = count + count // 50 + 8  # some may be bad
-    few = max(EXAMPLE_CHUNKS, int(np.searchsorted(np.cumsum(source.sizes[order]), wanted)) + 1)
+    sizes = source.sizes[order]
+    few = max(EXAMPLE_CHUNKS, int(np.searchsorted(np.cumsum(sizes), count)) + 1)
+    # Good rows that each chunk is asked for, and the rows of each that have been tried.
+    turns = next((t for t in range(1, int(sizes.max())) if np.minimum(sizes[:few], t).sum() >= count), int(sizes.max()))
+    tried, good = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
+    bad: dict[tuple[str, int], str] = {}
 
-    def load(chunks: Ints, turns: int) -> list[tuple[npt.NDArray[np.uint8], int]]:
-        """Take the k-th good row of every chunk before the (k+1)-th of any; each chunk is read once."""
+    def take(place: int) -> list[_Example]:
+        """Decode rows of one chunk until it has given its turns."""
+        chunk, found = int(order[place]), []
+        data = source.read(chunk)
+        for row in permutation(len(data.images), seed, EXAMPLES, chunk)[tried[place] :].tolist():
+            if good[place] == turns:
+                break
+            tried[place] += 1
+            try:
+                image = decode_image(data.images[row], channels, max_pixels=max_pixels)
+            except ImageError as error:
+                bad[source.describe(chunk, row)] = data.error or str(error)  # the training loop counts and lists them
+                continue
+            found.append(_Example(int(good[place]), place, eval_image(image, image_size), int(data.labels[row])))
+            good[place] += 1
+        return found
 
-        def decode(chunk: int) -> list[tuple[int, npt.NDArray[np.uint8], int]]:
-            data, good = source.read(chunk), []
-            for row in permutation(len(data.images), seed, EXAMPLES, chunk).tolist():
-                if len(good) == turns:
-                    break
-                try:
-                    image = decode_image(data.images[row], channels, max_pixels=max_pixels)
-                except ImageError:
-                    continue  # the training loop counts and lists them
-                good.append((len(good), eval_image(image, image_size), int(data.labels[row])))
-            return good
+    examples: list[_Example] = []
+    start, end = 0, few
+    with ThreadPoolExecutor(4, thread_name_prefix="examples") as pool:
+        while len(examples) < count and (tried < sizes).any():
+            places = [i for i in range(start, min(end, len(order))) if tried[i] < sizes[i]]
+            examples += [example for found in pool.map(take, places) for example in found]
+            # The k-th good row of every chunk stands before the (k+1)-th of any.
+            examples = sorted(examples, key=lambda e: (e.turn, e.place))[:count]
+            if not examples:
+                looked = f"none of the {int(tried.sum()):,} images looked at can be decoded"
+                raise ValueError(
+                    f"{source.where}: {looked}; {_first_reasons(dict(sorted(bad.items())))}; mend the data"
+                )
+            start, end = end, end + max(16, few // 4)
+            if start >= len(order):  # all chunks were asked: ask those that hold more
+                missing, holding = count - len(examples), int((tried < sizes).sum())
+                start, end, turns = 0, few, turns + -(-missing // max(1, holding))
+    pixels = np.empty((len(examples), channels, *image_size), dtype=np.uint8)
+    for i, example in enumerate(examples):
+        pixels[i] = example.pixels
+    return torch.from_numpy(pixels), torch.tensor([example.label for example in examples], dtype=torch.int64)
 
-        with ThreadPoolExecutor(4, thread_name_prefix="examples") as pool:
-            results = list(pool.map(decode, chunks.tolist()))
-        ordered = sorted((turn, i, j) for i, good in enumerate(results) for j, (turn, _, _) in enumerate(good))
-        return [results[i][j][1:] for _, i, j in ordered[:count]]
 
-    sizes = source.sizes[order[:few]]
-    turns = next((t for t in range(1, int(sizes.max())) if np.minimum(sizes, t).sum() >= wanted), int(sizes.max()))
-    found = load(order[:few], turns)
-    if len(found) < min(count, int(source.sizes.sum())):
-        found = load(order, int(source.sizes.max()))  # many are bad, or nearly all are asked for
-    pixels = np.stack([p for p, _ in found]) if found else np.empty((0, channels, *image_size), np.uint8)
-    return torch.from_numpy(pixels), torch.tensor([label for _, label in found], dtype=torch.int64)
+class _Example(NamedTuple):
+    turn: int
+    """How many good rows of its chunk come before it."""
+    place: int
+    """Of its chunk in the order of chunks."""
+    pixels: npt.NDArray[np.uint8]
+    label: int

@@ -313,19 +313,40 @@ def test_the_stand_in_is_the_next_good_row_with_the_failed_places_own_crop():
     assert checked == len(wanted)
 
 
-@pytest.mark.parametrize("options", [{"num_workers": 0}, {"num_workers": 2}], ids=str)
-def test_too_many_bad_images_stop_the_run_with_the_first_reasons(options):
-    source = FakeSource(SIZES, bad=range(0, N, 10))
-    loader = Loader(source, order_of(source), global_batch=24, max_bad_fraction=0.05, **(FIXED | options))
-    with pytest.raises(
-        RuntimeError,
-        match=r"12 of 224 images .*max_bad_fraction=0.05.*shard\d+ row \d+: not a known.*--data\.max-bad-fraction",
-    ):
-        for _ in loader:
-            pass
-    with pytest.raises(RuntimeError, match="closed, or failed"):
-        next(loader)
-    loader.close()
+@pytest.mark.parametrize("world", [1, 2])
+def test_too_many_bad_images_are_found_by_counting_and_by_nothing_else(world):
+    source = FakeSource(SIZES, bad=range(0, N, 10))  # 23 rows
+    loaders = [
+        Loader(
+            source, order_of(source), global_batch=24, rank=rank, world=world, max_bad_fraction=0.05, stop=28, **FIXED
+        )
+        for rank in range(world)
+    ]
+    gathered = [s for loader in loaders for batch in loader for s in batch.bad]  # three epochs, and no error
+    gathered.sort(key=lambda s: (s["batch"], s["position"]))
+    assert len(gathered) >= 3 * 23
+    distinct = list({(s["shard"], s["row"]): s for s in gathered}.values())
+    for loader in loaders:  # 0.05 * 224 = 11.2
+        loader.count_bad(distinct[:11])
+        loader.count_bad(distinct[:11])
+        with pytest.raises(
+            RuntimeError,
+            match=r"12 of 224 images .*max_bad_fraction=0.05.*shard\d+ row \d+: not a known.*--data\.max-bad-fraction",
+        ):
+            loader.count_bad(distinct[11:12])
+        loader.close()
+
+
+def test_what_was_counted_changes_no_stand_in():
+    def batches(counted):
+        source = FakeSource(SIZES, bad=BAD, broken=[5])
+        with Loader(source, order_of(source), global_batch=28, stop=8, max_bad_fraction=1.0, **FIXED) as loader:
+            loader.count_bad(counted)
+            return [(b.labels.tolist(), digest(b), b.bad) for b in loader]
+
+    # Good rows that an earlier run listed, such as those that would be the stand-ins.
+    listed = [{"shard": f"shard{c}", "row": r, "reason": "x"} for c, n in enumerate(SIZES) for r in range(n)]
+    assert batches(listed) == batches([])
 
 
 def test_nothing_but_bad_images_ends_at_once():
@@ -370,11 +391,10 @@ def test_a_corrupt_row_group_is_a_group_of_bad_rows(tmp_path):
         bad = [s for b in loader for s in b.bad]
     assert sorted(s["row"] for s in bad) == list(range(20, 30))
     with (
-        Loader(source, order_of(source), global_batch=20, stop=3, max_bad_fraction=0.1, **FIXED) as loader,
+        Loader(source, order_of(source), global_batch=20, max_bad_fraction=0.1, **FIXED) as loader,
         pytest.raises(RuntimeError, match="10 of 60 images"),
     ):
-        # Ten of sixty are more than a tenth.
-        list(loader)
+        loader.count_bad(bad)  # ten of sixty are more than a tenth
 
 
 # ------------------------------------------------------------------------------------------------ the batch itself
@@ -537,6 +557,49 @@ if __name__ == "__main__":
     assert time.perf_counter() - began < 50
 
 
+@pytest.mark.multiprocess
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch ends the workers after up to five seconds")
+def test_no_worker_outlives_a_killed_parent(tmp_path):
+    code = f"""
+import os, signal, sys
+sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(Path(__file__).parent)!r}]
+from samples import FakeSource
+from hf_mae.data.loader import Loader
+from hf_mae.data.order import Order
+from hf_mae.recipes.base import Augment
+if __name__ == "__main__":
+    import multiprocessing
+    source = FakeSource([30] * 10)
+    loader = Loader(source, Order(source.sizes, 0, 4, 1), augment=Augment(), image_size=(8, 8), channels=3,
+                    global_batch=30, num_workers=2, worker_kind="process")
+    next(loader)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "run.py").write_text(code)
+    with open(tmp_path / "out", "w+") as out:  # a pipe would be held open by the workers
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "run.py")],
+            stdout=out,
+            timeout=60,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    assert done.returncode == -signal.SIGKILL
+    workers = (tmp_path / "out").read_text().split()
+    assert len(workers) == 2
+
+    def is_alive(worker: str) -> bool:
+        try:
+            return Path(f"/proc/{worker}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    deadline = time.monotonic() + 3
+    while (left := [worker for worker in workers if is_alive(worker)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
 # ------------------------------------------------------------------------------------------------ fixed subsets
 
 
@@ -563,3 +626,30 @@ def test_examples_pass_over_bad_images_and_stop_at_the_end():
     assert sorted(labels.tolist()) == good
     assert pixels.shape == (len(good), 1, SIDE, SIDE)
     assert len(load_examples(source, 90, seed=0, image_size=(8, 8), channels=3)[1]) == 90
+
+
+def test_examples_look_further_where_many_are_bad_but_not_at_everything():
+    sizes = [50] * 400
+    source = FakeSource(sizes, bad=[i for i in range(20_000) if i % 10], broken=range(1, 400, 2))
+    pixels, labels = load_examples(source, 300, seed=1, image_size=(8, 8), channels=3)
+    assert len(pixels) == len(set(labels.tolist())) == 300
+    assert 64 < len(set(source.reads)) == len(source.reads) < 200
+    # Five good rows a chunk, and all chunks together hold enough only when each gives all.
+    source = FakeSource([50] * 60, bad=[i for i in range(3000) if i % 10])
+    labels = load_examples(source, 299, seed=1, image_size=(8, 8), channels=3)[1]
+    assert len(set(labels.tolist())) == 299
+    assert len(source.reads) <= 4 * 60
+
+
+def test_examples_of_nothing_but_bad_images_give_the_first_reasons_soon():
+    source = FakeSource([50] * 400, bad=range(20_000))
+    source.where = "some folder"
+    with pytest.raises(
+        ValueError,
+        match=r"some folder: none of the 3,200 images looked at can be decoded; first shard\d+ row \d+: not a",
+    ):
+        load_examples(source, 300, seed=1, image_size=(8, 8), channels=3)
+    assert len(source.reads) == 64
+    source = FakeSource([5] * 4, broken=range(4))
+    with pytest.raises(ValueError, match="none of the 20 images .* row 0: damaged chunk"):
+        load_examples(source, 3, seed=1, image_size=(8, 8), channels=3)

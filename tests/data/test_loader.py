@@ -646,10 +646,10 @@ def test_examples_of_nothing_but_bad_images_give_the_first_reasons_soon():
     source.where = "some folder"
     with pytest.raises(
         ValueError,
-        match=r"some folder: none of the 3,200 images looked at can be decoded; first shard\d+ row \d+: not a",
+        match=r"some folder: none of the 3,200 images looked at .*; first shard\d+ row \d+: not a",
     ):
         load_examples(source, 300, seed=1, image_size=(8, 8), channels=3)
     assert len(source.reads) == 64
     source = FakeSource([5] * 4, broken=range(4))
-    with pytest.raises(ValueError, match="none of the 20 images .* row 0: damaged chunk"):
+    with pytest.raises(ValueError, match=r"none of the 20 images .* row 0: damaged chunk"):
         load_examples(source, 3, seed=1, image_size=(8, 8), channels=3)

@@ -261,10 +261,13 @@ def _open_folder(root: Path, found: _Found, data: Data, wish: _Wish) -> Source:
         files = [(name[len(prefix) :], size) for name, size in files if name.startswith(prefix)]
         root = root / folders[chosen]
     elif alike := [name for name in classes if any(name.lower() in aliases for aliases in SPLIT_NAMES.values())]:
-        notes.append(
+        what = (
             f"folders named like splits ({', '.join(alike)}) lie beside images that are in none, so all are read as "
             "one split; to have splits move the others away, or point --data.path at one folder"
         )
+        if wish.split is not None:
+            raise ValueError(f"{wish.field}={wish.split!r}: {what}")
+        notes.append(what)
     source = FolderSource(root, files, classes=classes if data.label_column != "none" else [])
     source.notes += notes
     return _named(source, f"{root}, split {chosen}")

@@ -239,6 +239,8 @@ def test_classes_named_like_splits_stay_classes(tmp_path):
     assert len(source.sizes) == 8
     assert source.label_names == ["flask", "test", "train", "tube"]
     assert "folders named like splits (test, train) lie beside images that are in none" in source.summary()
+    with pytest.raises(ValueError, match=r"data\.split='train': folders named like splits .* move the others away"):
+        open_source(Data(path=str(tmp_path), split="train"))
 
 
 def test_two_folders_for_one_split_stay_apart(tmp_path):

@@ -48,6 +48,7 @@ class Pretraining(nn.Module):
     def __init__(self, model: MAEForPreTraining, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # what `accelerate config` shards by, read off the task
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 

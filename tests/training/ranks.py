@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_mae.recipes.base import Engine
@@ -37,9 +38,7 @@ RANK = int(os.environ["RANK"])
 def fsdp_accelerator() -> Accelerator:
     """FSDP2 on the CPU: Accelerate ignores its own plugin there unless its state is told otherwise."""
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
-    )
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     for state in (AcceleratorState._shared_state, PartialState._shared_state):
         state["distributed_type"] = DistributedType.FSDP
@@ -110,6 +109,7 @@ def main():
     # FSDP2, from the state that DDP saved and from scratch.
     fsdp = replace(ddp, out=FOLDER / "fsdp", make_accelerator=fsdp_accelerator)
     fsdp.train()
+    results["fsdp_blocks"] = sum(isinstance(m, FSDPModule) for m in fsdp.task.modules())
     results["fsdp_is_sharded"] = any(isinstance(p, DTensor) for p in fsdp.task.parameters())
     results["fsdp_to_ddp"] = max(
         float((a - b).abs().max()) for a, b in zip(whole(fsdp).values(), expected.values(), strict=True)

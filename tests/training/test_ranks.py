@@ -90,6 +90,7 @@ def test_another_number_of_processes_than_expected_is_refused(results):
 
 def test_fsdp2_shards_and_equals_ddp(results):
     assert results["fsdp_is_sharded"]
+    assert results["fsdp_blocks"] == 4  # the task, two encoder blocks, one decoder block, without naming any
     assert results["fsdp_to_ddp"] <= 1e-6
     assert results["fsdp_from_ddp"] <= 1e-6
 

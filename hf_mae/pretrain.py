@@ -292,13 +292,13 @@ def _labelled_split(recipe: Recipe, source: Source, say: Printer) -> Source | No
     if not source.has_labels:
         say("kNN: off, the training split has no labels")
         return None
-    split = recipe.evals.split
+    data, split = replace(recipe.data, revision=source.revision), recipe.evals.split  # the same commit
     if split is None:
-        split = next((s for s in ("test", "validation", "val") if s in list_splits(recipe.data)), None)
+        split = next((s for s in ("test", "validation", "val") if s in list_splits(data)), None)
     if split is None:
         say("kNN: off, no test or validation split was found (--evals.split names one)")
         return None
-    test = open_source(replace(recipe.data, revision=source.revision), split=split)
+    test = open_source(data, split=split, field="evals.split")
     if not test.has_labels:
         say(f"kNN: off, split {split} has no labels")
         return None

@@ -142,7 +142,6 @@ class _Found:
     parquet: list[str] = field(default_factory=list)
     tar: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
-    links_out: int = 0
     links_dangling: int = 0
     links_to_folders: int = 0
 
@@ -164,21 +163,21 @@ class _Found:
         if others:
             counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(6))
             notes.append(f"other files left out: {counts}")
-        if self.links_out:
-            notes.append(
-                f"{self.links_out:,} links that lead out of the folder were not followed (copy what they point to into "
-                "it, or point --data.path at the target)"
-            )
         if self.links_dangling:
             notes.append(f"{self.links_dangling:,} links point to nothing (restore their targets, or copy those files)")
         if self.links_to_folders:
-            notes.append(f"{self.links_to_folders:,} links to folders inside were not followed: these are read once")
+            notes.append(f"{self.links_to_folders:,} links to folders that are read anyway were not followed")
         return notes
 
 
 def _scan(root: Path) -> _Found:
-    """List a folder without following links out of it; hidden names are skipped."""
+    """List a folder; hidden names are skipped.
+
+    Links are followed, as every image loader does (subsets are often folders of links, and so is the Hub's cache), but
+    not to a folder that is read already or that holds this one.
+    """
     found, real = _Found(), root.resolve()
+    linked: set[Path] = set()
 
     def walk(folder: str, prefix: str) -> None:
         with os.scandir(folder) as entries:
@@ -192,13 +191,12 @@ def _scan(root: Path) -> _Found:
                 if target is None:
                     found.links_dangling += 1
                     continue
-                if not target.is_relative_to(real):
-                    found.links_out += 1
-                    continue
                 if target.is_dir():
-                    found.links_to_folders += 1
-                    continue
-            if entry.is_dir(follow_symlinks=False):
+                    if target in linked or target.is_relative_to(real) or real.is_relative_to(target):
+                        found.links_to_folders += 1
+                        continue
+                    linked.add(target)
+            if entry.is_dir():
                 walk(entry.path, name + "/")
             elif entry.is_file():
                 ending = os.path.splitext(entry.name)[1].lower()

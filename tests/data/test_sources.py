@@ -174,32 +174,35 @@ def test_flat_folders_and_single_classes_have_no_labels(tmp_path):
     assert not open_source(Data(path=str(tmp_path))).has_labels
 
 
-def test_other_files_hidden_files_and_links_out_are_left_out_and_counted(tmp_path):
-    root, outside = tmp_path / "root", tmp_path / "outside.jpg"
-    outside.write_bytes(picture(9))
+def test_other_files_hidden_files_and_dangling_links_are_left_out_and_counted(tmp_path):
+    root = tmp_path / "root"
     write_folder(root, range(6))
     (root / "class0/notes.txt").write_text("x")
     (root / "class0/.hidden.jpg").write_bytes(picture(1))
     (root / "class0/folder.jpg").mkdir()
-    (root / "class0/link.jpg").symlink_to(outside)
     (root / "class0/dangling.jpg").symlink_to(tmp_path / "nothing")
     (root / "class0/inside.jpg").symlink_to(root / "class1/0001.JPG")
-    (root / "away").symlink_to(tmp_path)
     source = open_source(Data(path=str(root)))
     assert len(source.sizes) == 7
     assert source.label_names == ["class0", "class1", "class2"]
     assert "other files left out: 1 .txt" in source.summary()
-    assert "2 links that lead out of the folder were not followed (copy what they point to" in source.summary()
     assert "1 links point to nothing" in source.summary()
 
 
-def test_a_folder_of_nothing_but_links_out_says_what_to_do(tmp_path):
+def test_links_to_files_and_folders_elsewhere_are_followed_once_and_never_in_circles(tmp_path):
     write_folder(tmp_path / "real", range(6))
-    for i, file in enumerate(sorted((tmp_path / "real").rglob("*.JPG"))):
-        (tmp_path / "links").mkdir(exist_ok=True)
-        (tmp_path / f"links/{i}.jpg").symlink_to(file)
-    with pytest.raises(ValueError, match=r"holds no images.*6 links that lead out .*point --data\.path at the target"):
-        open_source(Data(path=str(tmp_path / "links")))
+    root = tmp_path / "subset"
+    (root / "own").mkdir(parents=True)
+    for i, file in enumerate(sorted((tmp_path / "real/class0").iterdir())):
+        (root / f"own/{i}.jpg").symlink_to(file)
+    (root / "linked").symlink_to(tmp_path / "real/class1")
+    (root / "again").symlink_to(tmp_path / "real/class1")
+    (root / "circle").symlink_to(tmp_path)
+    (tmp_path / "real/class1/back").symlink_to(root)
+    source = open_source(Data(path=str(root)))
+    assert source.label_names == ["again", "own"]
+    assert len(source.sizes) == 4
+    assert "3 links to folders that are read anyway were not followed" in source.summary()
 
 
 def test_a_class_has_one_number_in_all_splits(tmp_path):

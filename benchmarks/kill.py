@@ -22,7 +22,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil  # comes with accelerate
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK = {"images_per_second", "seconds_waiting_for_data", "waiting_share"}

@@ -166,5 +166,7 @@ class Pictures:
         grid = reconstruct(inner.model, self.images, noise=noise, mean=self.mean, std=self.std, forward=inner.predict)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            grid.grid(self.folder / f"step_{step:08d}.png")
+            partial = self.folder / f".step_{step:08d}.png"
+            grid.grid(partial)
+            partial.replace(self.folder / f"step_{step:08d}.png")
         return {}

@@ -101,6 +101,7 @@ class Monitor:
             return
         cut_rows(folder / "metrics.jsonl", lambda row: row["step"] <= step)
         cut_rows(folder / "bad_samples.jsonl", lambda row: row["batch"] < step)
+        self.last = next((row for row in reversed(read_rows(folder / "metrics.jsonl")) if "loss" in row), {})
         self.file = (folder / "metrics.jsonl").open("a", buffering=1)
         # Plain lines where a bar could not be drawn: no terminal, or one without a width.
         plain = not sys.stderr.isatty() or shutil.get_terminal_size((0, 0)).columns == 0

@@ -17,9 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from hf_mae.evaluation.features import extract_features
 from hf_mae.recipes.base import Engine
 from hf_mae.training.distributed import agree, full, make_accelerator
 from hf_mae.training.monitors import Window
@@ -125,6 +126,13 @@ def main():
     shadow = {k: full(v) for k, v in again.average.state().items()}
     results["fsdp_average_resumes_exactly"] = same(shadow, {k: full(v) for k, v in fsdp.average.state().items()})
 
+    # Features of 11 images on two ranks: each once, in order, the same under DDP and FSDP2.
+    images = torch.randint(0, 256, (11, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    for name, run in (("ddp", finished), ("fsdp", again)):
+        run.task.eval()
+        register_fsdp_forward_method(accelerator.unwrap_model(run.task), "features")
+        found = extract_features(run.task, images, accelerator, batch=4)
+        results[f"{name}_features"] = found.tolist()
     if RANK == 0:
         (FOLDER / "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()

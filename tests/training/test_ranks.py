@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_mae.evaluation.features import extract_features
 from hf_mae.recipes.base import Engine
 from hf_mae.training import distributed
 
@@ -98,6 +99,15 @@ def test_fsdp2_shards_and_equals_ddp(results):
 def test_fsdp2_resumes_exactly_moving_average_included(results):
     assert results["fsdp_resumes_exactly"]
     assert results["fsdp_average_resumes_exactly"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_features_of_two_ranks_are_those_of_one_in_the_order_of_the_images(launched, results, toy, kind):
+    one = replace(toy, micro_batch=4)
+    one.train(resume=launched / "ddp" / "checkpoints" / "step_00000020")
+    images = torch.randint(0, 256, (11, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    expected = extract_features(one.task.eval(), images, one.make_accelerator())
+    torch.testing.assert_close(torch.tensor(results[f"{kind}_features"]), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_world_that_accelerate_did_not_join_is_refused(monkeypatch):

@@ -27,6 +27,7 @@ USAGE = f"""hf-mae {hf_mae.__version__}: masked autoencoders for the Hugging Fac
 
 On several GPUs: accelerate launch --multi_gpu --num_processes N scripts/pretrain.py PRESET ...
 On several CPU processes: torchrun --standalone --nproc_per_node N scripts/pretrain.py PRESET ...
+HF_MAE_TRACEBACK=1 shows where an error came from.
 """
 
 

@@ -59,14 +59,17 @@ def make_accelerator(engine: Engine) -> Accelerator:
 
 
 def describe_world(accelerator: Accelerator) -> str:
-    """Return one line: how many processes, on what, in which precision."""
+    """Return one line: how many processes, on what, in which precision, and whether the launcher asked for another."""
     n = accelerator.num_processes
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
-    threads = torch.get_num_threads()
-    return (
-        f"{n} process{'es' if n > 1 else ''} ({kind}) on {accelerator.device.type}, precision "
-        f"{accelerator.mixed_precision}, {threads} CPU thread{'s' if threads > 1 else ''} each"
+    threads, used = torch.get_num_threads(), accelerator.mixed_precision
+    line = (
+        f"{n} process{'es' if n > 1 else ''} ({kind}) on {accelerator.device.type}, precision {used}, "
+        f"{threads} CPU thread{'s' if threads > 1 else ''} each"
     )
+    if (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", used)) not in (used, "no"):
+        line += f" (the {asked} of `accelerate config` is not used: --engine.precision {asked} chooses it)"
+    return line
 
 
 @contextmanager

@@ -110,6 +110,13 @@ def test_features_of_two_ranks_are_those_of_one_in_the_order_of_the_images(launc
     torch.testing.assert_close(torch.tensor(results[f"{kind}_features"]), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_precision_that_only_the_launcher_asked_for_is_said(monkeypatch):
+    accelerator = distributed.make_accelerator(Engine())
+    assert "not used" not in distributed.describe_world(accelerator)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "the bf16 of `accelerate config` is not used" in distributed.describe_world(accelerator)
+
+
 def test_a_world_that_accelerate_did_not_join_is_refused(monkeypatch):
     """Two launched processes that each believe to be alone would write one run folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -33,7 +33,7 @@ from hf_mae.training.checkpoint import (
     read_data_state,
     save_checkpoint,
 )
-from hf_mae.training.distributed import describe_world, make_accelerator
+from hf_mae.training.distributed import describe_world, gather_objects, make_accelerator
 from hf_mae.training.loop import fit
 from hf_mae.training.monitors import Clock, Monitor, Printer, Window, read_rows
 from hf_mae.training.optim import MovingAverage, build_adamw
@@ -191,7 +191,8 @@ def _run(recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator,
     ):
         for line in loader.describe():
             say(line)
-        loader.count_bad(read_rows(out / "bad_samples.jsonl"))
+        known_bad = read_rows(out / "bad_samples.jsonl") if accelerator.is_main_process else []
+        loader.count_bad(gather_objects(known_bad, accelerator)[0])  # the main process has just cut that file
         monitor.trivial_loss = state.trivial_loss
         outcome = fit(
             task,

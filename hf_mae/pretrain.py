@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoImageProcessor
 
+from hf_mae.data.examples import load_examples
 from hf_mae.data.images import ImageError, decode_image, eval_image
-from hf_mae.data.loader import Loader, check_state, load_examples, loader_state, steps_per_epoch
+from hf_mae.data.loader import Loader, check_state, loader_state, steps_per_epoch
 from hf_mae.data.order import NOISE, Order, choose_lanes_and_window, uniforms
 from hf_mae.data.sources import Source, list_splits, open_source
 from hf_mae.evaluation.features import FeatureQuality

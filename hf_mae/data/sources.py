@@ -29,9 +29,9 @@ from hf_mae.data.formats import (
     FolderSource,
     ParquetSource,
     Source,
-    TarSource,
 )
 from hf_mae.data.images import EXTENSIONS
+from hf_mae.data.webdataset import TarSource
 from hf_mae.recipes.base import Data
 
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values")

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from hf_mae.data import loader as loader_module
+from hf_mae.data.examples import load_examples
 from hf_mae.data.formats import ParquetSource
 from hf_mae.data.images import decode_image, eval_image
 from hf_mae.data.loader import (
     Loader,
     Stream,
     check_state,
-    load_examples,
     loader_state,
     steps_per_epoch,
 )

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
@@ -80,6 +81,30 @@ def test_a_signal_saves_exits_zero_and_the_same_command_continues(setting, strai
     kill.finish(kill.start(setting, out), out)
     assert not (out / "stopped_by_signal").exists()
     assert kill.result(out) == straight
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
+def test_ranks_of_a_dead_launcher_save_and_end(setting, straight, tmp_path, launcher):
+    """Else they would train on, unseen: torchrun's after SIGKILL, those of `accelerate launch` even after SIGTERM."""
+    out, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    script = [str(ROOT / "scripts" / "pretrain.py")]
+    start = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    if launcher == "accelerate launch":
+        start = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+        start += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    arguments = replace(setting, steps=5000).command(out)[4:]
+    with (tmp_path / "log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *start, *script, *arguments], env=environment, stdout=log, stderr=log
+        )
+    wait_for_steps(out)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL if launcher == "torchrun" else signal.SIGTERM)
+    process.wait(30)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive, (tmp_path / "log").read_text()[-2000:]
+    assert (out / "stopped_by_signal").read_text().startswith("the launcher died"), (tmp_path / "log").read_text()
+    assert (out / "last").read_text().startswith("step_")
 
 
 def test_a_second_start_in_a_folder_in_use_is_refused(setting, tmp_path):

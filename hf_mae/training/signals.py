@@ -1,7 +1,12 @@
-"""SIGTERM and Ctrl-C: every rank stops after the same update, saves and exits 0."""
+"""SIGTERM, Ctrl-C and a dead launcher: every rank stops after the same update, saves and exits 0.
+
+A launcher that is killed leaves its ranks training as orphans, and `accelerate launch` with one process dies of SIGTERM
+without passing it on. A rank that a launcher started therefore takes the loss of its parent for a signal.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -13,6 +18,9 @@ import torch.distributed as dist
 
 PATIENCE = 5.0
 """Seconds in which a repeated Ctrl-C is taken as the same one: a terminal and a launcher may both send it."""
+
+LAUNCHED = frozenset({"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"})
+"""Set by torchrun and by `accelerate launch` for the processes they start."""
 
 
 class StopSignal:
@@ -27,6 +35,7 @@ class StopSignal:
 
     def __init__(self, world: int):
         self.received: str | None = None
+        self.parent = os.getppid() if LAUNCHED & os.environ.keys() else None
         self.world, self.since = world, 0.0
         self.work: Any = None
         self.flag = torch.zeros(1, dtype=torch.int32)
@@ -50,6 +59,8 @@ class StopSignal:
 
     def agreed(self) -> bool:
         """Return whether to stop now. A collective: call it on all ranks once per update."""
+        if self.parent is not None and self.received is None and os.getppid() != self.parent:
+            self.received = "the launcher died"
         if self.world == 1:
             return self.received is not None
         stop = False

@@ -146,7 +146,7 @@ class Order:
         self._places: list[tuple[Ints, Ints]] = [(np.empty(0, np.int64), np.empty(0, np.int64))] * lanes
 
     def table(self, epoch: int) -> Table:
-        """Lay out one epoch; the last four are kept. About 4 ms for 13,000 chunks."""
+        """Lay out one epoch; the last four are kept. A few milliseconds for 13,000 chunks."""
         if epoch not in self._tables:
             chunks = permutation(len(self.sizes), self.seed, CHUNKS, epoch)
             ends = np.cumsum(self.sizes[chunks])

@@ -183,7 +183,7 @@ class Engine:
     compile: bool = False
     """Compile each transformer block."""
     checkpoint_activations: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
     expect_processes: int | None = None
     """Refuse to start with another number of processes."""
     track: Literal["none", "tensorboard", "trackio"] = "none"

@@ -91,6 +91,25 @@ def test_workers_prefetch_and_delays_change_nothing(expected, options, monkeypat
     assert run(FakeSource(SIZES, delay=0.003), **options) == expected
 
 
+@pytest.fixture(scope="module")
+def real(shared, tmp_path_factory):
+    """5,000 CIFAR-10 pictures in 50 row groups, and their global batches without workers on one rank."""
+    folder = tmp_path_factory.mktemp("cifar")
+    (folder / "train.parquet").symlink_to(shared / "data" / "cifar10" / "test-00000-of-00002.parquet")
+    source = open_source(Data(path=str(folder)))
+    return source, run(source, batch=128, stop=40, num_workers=0)
+
+
+@pytest.mark.parametrize(("workers", "world"), [(1, 1), (4, 1), (0, 2), (1, 2), (4, 2)])
+def test_real_images_come_in_one_order_and_once_an_epoch(real, workers, world):
+    source, expected = real
+    assert run(source, batch=128, stop=40, num_workers=workers, world=world) == expected
+    first = [row[1] for batch in expected.values() for row in batch if row[0] == 0]
+    assert sorted(first) == list(range(5000))
+    chunks, rows = order_of(source).locate([0] * 5000, range(5000))[:2]
+    assert len(set(zip(chunks.tolist(), rows.tolist(), strict=True))) == 5000
+
+
 def test_processes_give_the_same_pixels(expected, monkeypatch):
     monkeypatch.setattr(loader_module, "PROCESS_GROUP", 10)  # 24 images in three uneven parts
     assert run(FakeSource(SIZES), num_workers=2, worker_kind="process") == expected

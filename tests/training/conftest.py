@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,30 @@ class ToyBatches:
             yield ToyBatch(k, {"pixel_values": pixels[mine], "noise": noise[mine]})
 
 
+@dataclass
+class Interrupted:
+    """Batches during which this process gets a signal, just before batch `at` (1-based) is trained on."""
+
+    batches: Any
+    at: int
+    number: int
+    seconds_waiting: float = 0.0
+
+    def count_bad(self, samples):
+        self.batches.count_bad(samples)
+
+    def __iter__(self):
+        for batch in self.batches:
+            if batch.cursor == self.at:
+                os.kill(os.getpid(), self.number)
+            yield batch
+
+
+def interrupt(at, number):
+    """For `ToyRun.train(on_batch=...)`."""
+    return partial(Interrupted, at=at, number=number)
+
+
 def cpu_accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
@@ -99,6 +125,7 @@ class ToyRun:
     batches: Any = None
     evaluators: tuple[Any, ...] = ()
     make_accelerator: Any = cpu_accelerator
+    interrupt = staticmethod(interrupt)
 
     def change(self, **fields) -> ToyRun:
         return replace(self, recipe=replace(self.recipe, **fields))

@@ -69,21 +69,8 @@ def main():
     results["ddp_resumes_exactly"] = same(whole(resumed), expected)
 
     # A signal on one rank stops both after the same update.
-    def interrupting(batches):
-        class Interrupting:
-            seconds_waiting = 0.0
-            count_bad = batches.count_bad
-
-            def __iter__(self):
-                for batch in batches:
-                    if batch.cursor == 5 and RANK == 1:
-                        os.kill(os.getpid(), signal.SIGTERM)
-                    yield batch
-
-        return Interrupting()
-
     stopped = replace(ddp, out=FOLDER / "stopped")
-    results["signal_outcome"] = stopped.train(on_batch=interrupting)
+    results["signal_outcome"] = stopped.train(on_batch=toy.interrupt(5 if RANK == 1 else -1, signal.SIGTERM))
     steps = [None, None]
     torch.distributed.all_gather_object(steps, stopped.state.step)
     results["signal_steps"] = steps

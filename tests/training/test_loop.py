@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from dataclasses import replace
 
@@ -62,20 +61,7 @@ def test_a_nan_is_caught_before_a_checkpoint_even_between_log_steps(toy):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_the_run_cleanly(toy, number):
-    def interrupted(batches):
-        class Interrupting:
-            seconds_waiting = 0.0
-            count_bad = batches.count_bad
-
-            def __iter__(self):
-                for batch in batches:
-                    if batch.cursor == 7:
-                        os.kill(os.getpid(), number)
-                    yield batch
-
-        return Interrupting()
-
-    assert toy.train(on_batch=interrupted) == "stopped"
+    assert toy.train(on_batch=toy.interrupt(7, number)) == "stopped"
     assert toy.state.step == 7
     assert toy.checkpoints()[-1].name == "step_00000007"
     first = replace(toy)
@@ -140,22 +126,9 @@ class Counting:
 
 
 def test_an_evaluation_that_a_signal_left_no_time_for_is_made_up_for(toy):
-    def interrupted(batches):
-        class Interrupting:
-            seconds_waiting = 0.0
-            count_bad = batches.count_bad
-
-            def __iter__(self):
-                for batch in batches:
-                    if batch.cursor == 7:
-                        os.kill(os.getpid(), signal.SIGTERM)
-                    yield batch
-
-        return Interrupting()
-
     first, second = Counting(), Counting()
     run = replace(toy, evaluators=(first,))
-    assert run.train(on_batch=interrupted) == "stopped"
+    assert run.train(on_batch=toy.interrupt(7, signal.SIGTERM)) == "stopped"
     assert first.steps == [0]
     replace(toy, evaluators=(second,)).train(resume=run.checkpoints()[-1])
     assert second.steps == [7, 14, 20]

@@ -102,6 +102,13 @@ class Data:
     """Refuse to decode images with more pixels than this (decompression bombs)."""
     workers: Literal["thread", "process"] = "thread"
     """What the `num_workers` decoders are. Neither kind nor number changes any batch."""
+    decoder: Literal["exact", "fast"] = "exact"
+    """`exact` gives the bits of torchvision on Pillow; `fast` resizes with another kernel: the same crops, pixels that
+    differ by rounding."""
+    repeats: int = 1
+    """Samples made of each decoded image, each with its own crop and mask, in the same batch. For slow disks or few
+    cores; changes training above 1: a batch holds fewer different images, and a pass over the data takes more updates.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +188,11 @@ class Engine:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast type of the forward pass; loss, targets and weights stay float32."""
     compile: bool = False
-    """Compile each transformer block."""
+    """Compile each transformer block. Worth its minute on GPUs; on CPUs it gained nothing."""
+    tf32: bool = False
+    """Let float32 matrix products use TensorFloat-32 on GPUs that have it: faster, about three decimal digits."""
+    keep_freed_memory: bool = True
+    """Ask glibc to keep freed memory for the next step rather than return it to the system each time."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     expect_processes: int | None = None
@@ -210,8 +221,9 @@ class Recipe:
     """Length of the run in optimizer updates, in place of `epochs`; the schedule is squeezed to fit."""
     global_batch: int = 4096
     """Images per optimizer update, over all processes and accumulation."""
-    micro_batch: int | None = None
-    """Images per process and forward pass; None is as many as the global batch gives each process, at most 64."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Images per process and forward pass. None is as many as the global batch gives each process, at most 64; `auto`
+    tries what fits into memory before training starts."""
     num_workers: int = 2
     """Decoders per process; 0 decodes in the training process between steps."""
     log_every: int = 20
@@ -288,7 +300,7 @@ HARMLESS = frozenset(
     }
     | {"data.path", "data.streaming", "data.workers", "data.max_bad_fraction", "data.revision"}
     | {f"evals.{f.name}" for f in fields(Evals)}
-    | {f"engine.{f.name}" for f in fields(Engine) if f.name != "precision"}
+    | {f"engine.{f.name}" for f in fields(Engine) if f.name not in {"precision", "tf32"}}
 )
 """Fields that may change when a run is resumed. The data may move: names and sizes of its files are compared."""
 
@@ -313,6 +325,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.window_rows", "must be at least 1", lambda v: v >= 1),
     ("data.window_bytes", "must be at least 1", lambda v: v >= 1),
     ("data.max_bad_fraction", "must lie in 0 .. 1", lambda v: 0 <= v <= 1),
+    ("data.repeats", "must be at least 1", lambda v: v >= 1),
     ("data.max_pixels", "must be at least 1", lambda v: v >= 1),
     ("model.num_channels", "must be 3 (read as RGB) or 1 (read as grey)", lambda v: v in (1, 3)),
     ("model.mask_ratio", "must lie between 0 and 1: without a removed patch there is no loss", lambda v: 0 < v < 1),
@@ -350,6 +363,11 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"schedule.min_lr={recipe.schedule.min_lr} is above the peak lr={lr:g} (base_lr * global_batch / 256); "
             "lower it, or raise --optim.base-lr"
+        )
+    if recipe.global_batch % recipe.data.repeats:
+        raise ValueError(
+            f"global_batch={recipe.global_batch} is not a multiple of data.repeats={recipe.data.repeats}, the samples "
+            "made of each image; choose a multiple"
         )
     for name in ("mean", "std"):
         given = values[f"augment.{name}"]

@@ -21,7 +21,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -304,6 +304,34 @@ def augment_image(
             factor = 1 + augment.color_jitter * (2 * float(u[JITTER + i]) - 1)
             image = enhance(image).enhance(max(0.0, factor))
     return _to_array(image)
+
+
+def sample_pixels(
+    data: bytes | memoryview | None,
+    draws: npt.NDArray[np.float64],
+    out: Pixels,
+    augment: Augment,
+    *,
+    max_pixels: int = 89_478_485,
+    decoder: Literal["exact", "fast"] = "exact",
+) -> None:
+    """Decode one picture once and write k augmented samples of it.
+
+    Args:
+        data: the encoded file, in any object with the buffer protocol; None is a missing picture.
+        draws: [k, NUM_UNIFORMS] uniforms in [0, 1), one row for each sample.
+        out: uint8 [k, C, H, W], written in place; gives the channels (3 or 1) and the size of the samples.
+        augment: which crop, whether to flip, how much jitter.
+        max_pixels: as in `decode_image`.
+        decoder: "exact" gives the bits of `augment_image(decode_image(data), u)`; "fast" the same crops, resized by
+            other code.
+
+    Raises:
+        ImageError: as `decode_image`; nothing has been written then.
+    """
+    image = decode_image(data, out.shape[1], max_pixels=max_pixels)
+    for u, sample in zip(draws, out, strict=True):
+        sample[:] = augment_image(image, u, out.shape[2:], augment)
 
 
 def eval_image(image: Image.Image, size: tuple[int, int]) -> Pixels:

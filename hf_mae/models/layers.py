@@ -49,14 +49,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Map [N, L, D] to [N, L, D], and the weights [N, heads, L, L] where the implementation has them."""
+    def forward(self, tokens: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Let the tokens from position `first` on attend to all tokens.
+
+        Args:
+            tokens: [N, L, D].
+            first: position of the first token that is computed.
+
+        Returns:
+            [N, L - first, D], and the weights [N, heads, L - first, L] where the implementation has them.
+        """
         N, L, D = tokens.shape
         query, key, value = self.qkv(tokens).view(N, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        query = query[:, :, first:]
         implementation = self.config._attn_implementation or "sdpa"
         attend = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         out, weights = attend(self, query, key, value, attention_mask=None, scaling=(D // self.num_heads) ** -0.5)
-        return self.proj(out.reshape(N, L, D)), weights
+        return self.proj(out.reshape(N, L - first, D)), weights
 
 
 class Mlp(nn.Module):
@@ -82,8 +91,11 @@ class Block(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = Mlp(width, mlp_width)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Map [N, L, D] to [N, L, D], and pass the attention weights on."""
-        attended, weights = self.attn(self.norm1(tokens))
-        tokens = tokens + attended
+    def forward(self, tokens: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Map [N, L, D] to [N, L - first, D], and pass the attention weights on.
+
+        A last block whose first tokens nobody reads need not compute them: they serve as keys and values only.
+        """
+        attended, weights = self.attn(self.norm1(tokens), first)
+        tokens = tokens[:, first:] + attended
         return tokens + self.mlp(self.norm2(tokens)), weights

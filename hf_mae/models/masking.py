@@ -8,6 +8,7 @@ depend on the batch it is in. Source: He et al. 2022, section 3 and Table 1f.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -99,20 +100,46 @@ def mask_noise(strategy: MaskStrategy, uniforms: Tensor, grid: tuple[int, int], 
     return uniforms[:, :num_patches] + torch.from_numpy(removed).flatten(1).to(uniforms)
 
 
-def ids_from_noise(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split patches into kept and removed by the rank of their noise.
+@dataclass(frozen=True)
+class Masking:
+    """Which patches of each image are kept, and where they went.
 
     Args:
-        noise: [N, L]; the smallest `len_keep` values of a row are kept. Ties keep the earlier patch.
+        ids_shuffle: [N, L], positions of the patches by rising noise; the first `len_keep` are the kept ones.
+        ids_restore: [N, L], the rank of every patch, which undoes the shuffle.
         len_keep: patches kept per sample.
+    """
 
-    Returns:
-        ids_keep [N, len_keep], positions of the kept patches by rising noise; ids_restore [N, L], the rank of every
-        patch, which undoes the shuffle; mask [N, L] float32, 1 = removed.
+    ids_shuffle: Tensor
+    ids_restore: Tensor
+    len_keep: int
+
+    @property
+    def ids_keep(self) -> Tensor:
+        """[N, len_keep], positions of the kept patches."""
+        return self.ids_shuffle[:, : self.len_keep]
+
+    @property
+    def ids_remove(self) -> Tensor:
+        """[N, L - len_keep], positions of the removed patches."""
+        return self.ids_shuffle[:, self.len_keep :]
+
+    @property
+    def mask(self) -> Tensor:
+        """[N, L] float32, 1 = removed."""
+        return (self.ids_restore >= self.len_keep).float()
+
+
+def mask_from_noise(noise: Tensor, len_keep: int) -> Masking:
+    """Keep the `len_keep` patches with the smallest noise of each row; ties keep the earlier patch.
+
+    Args:
+        noise: [N, L].
+        len_keep: patches kept per sample.
     """
     ids_shuffle = torch.argsort(noise, dim=1, stable=True)
-    ids_restore = torch.argsort(ids_shuffle, dim=1, stable=True)
-    return ids_shuffle[:, :len_keep], ids_restore, (ids_restore >= len_keep).float()
+    ranks = torch.arange(noise.shape[1], device=noise.device).expand_as(ids_shuffle)
+    return Masking(ids_shuffle, torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, ranks), len_keep)
 
 
 def _grid_noise(grid: tuple[int, int], mask_ratio: float) -> Tensor:

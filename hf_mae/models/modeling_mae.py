@@ -2,8 +2,11 @@
 
 Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners". Module names are those of the official code
 and of timm, so the official weights load as they are. All classes share the same flat names: the encoder inside
-`MAEForPreTraining` is not wrapped, and `MAEModel` reads the same folder without the decoder. Visible patches are picked
-before they are embedded, which gives the same numbers as embedding all of them (up to float order) for less work.
+`MAEForPreTraining` is not wrapped, and `MAEModel` reads the same folder without the decoder.
+
+A training step computes what the loss needs, with the numbers of the official code up to float order: visible patches
+are picked before they are embedded; the decoder sees its tokens in the order [cls, kept, removed]; its last block, its
+head, the target and the loss are computed for removed patches only. What each of these saves: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
@@ -22,7 +26,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.convert import config_from_state_dict, list_names, load_folder, load_official_checkpoint
 from hf_mae.models.layers import Block, PatchEmbed
-from hf_mae.models.masking import count_kept, ids_from_noise, mask_noise, num_uniforms
+from hf_mae.models.masking import Masking, count_kept, mask_from_noise, mask_noise, num_uniforms
 from hf_mae.models.pos_embed import Interpolation, positions_for, sincos_pos_embed
 from hf_mae.models.targets import make_target, patchify, unpatchify
 
@@ -179,11 +183,22 @@ class MAEPreTrainedModel(PreTrainedModel):
         fixed = self.config.pos_embed == "sincos"
         return positions_for(table, self.config.grid, grid, interpolate_pos_encoding, fixed=fixed)
 
+    def masking_of(self, patches: Tensor, noise: Tensor) -> Masking:
+        """Return which of the patches [N, L, ...] are kept: those with the smallest noise [N, L].
+
+        Raises:
+            ValueError: there is not one value per patch.
+        """
+        N, L = patches.shape[:2]
+        if noise.shape != (N, L):
+            raise ValueError(f"noise of shape {tuple(noise.shape)} does not fit; pass [{N}, {L}], one per patch.")
+        return mask_from_noise(noise, count_kept(L, self.config.mask_ratio))
+
     def encode(
         self,
         patches: Tensor,
         pos_embed: Tensor,
-        noise: Tensor | None = None,
+        masking: Masking | None = None,
         *,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -193,34 +208,28 @@ class MAEPreTrainedModel(PreTrainedModel):
         Args:
             patches: [N, L, h * w * C].
             pos_embed: [1, 1 + L, D].
-            noise: [N, L]; the patches with the smallest noise are kept. None keeps all.
+            masking: which patches are kept, see `masking_of`. None keeps all.
             output_hidden_states: return the tokens between blocks.
             output_attentions: return the attention weights; needs `attn_implementation="eager"`.
 
         Raises:
-            ValueError: the noise does not fit, or attention weights are asked of an implementation without them.
+            ValueError: attention weights are asked of an implementation without them.
         """
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"output_attentions=True needs attention weights, which attn_implementation="
                 f"{self.config._attn_implementation!r} does not compute; call set_attn_implementation('eager') first."
             )
-        N, L, _ = patches.shape
-        patch_pos = pos_embed[:, 1:]
-        mask = ids_restore = None
-        if noise is None:
-            tokens = self.patch_embed(patches) + patch_pos
+        N = len(patches)
+        if masking is None:
+            tokens = self.patch_embed(patches) + pos_embed[:, 1:]
+        elif self.config.mask_tokens_in_encoder:
+            tokens = self.patch_embed(patches)
+            mask_token = self.encoder_mask_token.to(tokens.dtype)
+            tokens = torch.where(masking.mask[..., None].bool(), mask_token, tokens) + pos_embed[:, 1:]
         else:
-            if noise.shape != (N, L):
-                raise ValueError(f"noise of shape {tuple(noise.shape)} does not fit; pass [{N}, {L}], one per patch.")
-            ids_keep, ids_restore, mask = ids_from_noise(noise, count_kept(L, self.config.mask_ratio))
-            if self.config.mask_tokens_in_encoder:
-                tokens = self.patch_embed(patches)
-                tokens = (
-                    torch.where(mask[..., None].bool(), self.encoder_mask_token.to(tokens.dtype), tokens) + patch_pos
-                )
-            else:
-                tokens = self.patch_embed(_gather(patches, ids_keep)) + _gather(patch_pos.expand(N, -1, -1), ids_keep)
+            ids_keep = masking.ids_keep
+            tokens = self.patch_embed(_gather(patches, ids_keep)) + F.embedding(ids_keep, pos_embed[0, 1:])
         cls_token = (self.cls_token + pos_embed[:, :1]).expand(N, -1, -1)
         tokens = torch.cat([cls_token, tokens], dim=1)  # [N, 1 + L_keep, D]
         hidden_states = (tokens,) if output_hidden_states else None
@@ -231,8 +240,8 @@ class MAEPreTrainedModel(PreTrainedModel):
             attentions = None if attentions is None else (*attentions, weights)
         return MAEModelOutput(
             last_hidden_state=self.norm(tokens),
-            mask=mask,
-            ids_restore=ids_restore,
+            mask=None if masking is None else masking.mask,
+            ids_restore=None if masking is None else masking.ids_restore,
             hidden_states=hidden_states,
             attentions=attentions,
         )
@@ -374,10 +383,11 @@ class MAEModel(MAEPreTrainedModel):
             `MAEModelOutput`, or a tuple with `return_dict=False`.
         """
         config = self.config
+        patches = self.patchify(pixel_values)
         return self.encode(
-            self.patchify(pixel_values),
+            patches,
             self.positions(self.pos_embed, self.grid_of(pixel_values), interpolate_pos_encoding),
-            noise,
+            None if noise is None else self.masking_of(patches, noise),
             output_hidden_states=bool(
                 config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
@@ -406,27 +416,34 @@ class MAEForPreTraining(MAEPreTrainedModel):
         self.decoder_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(D, config.patch_dim)
 
-    def decode(self, latent: Tensor, ids_restore: Tensor, decoder_pos_embed: Tensor) -> Tensor:
-        """Predict every patch.
+    def decode(
+        self, latent: Tensor, masking: Masking, decoder_pos_embed: Tensor, *, removed_only: bool = False
+    ) -> Tensor:
+        """Predict patches, in the order of `masking.ids_shuffle`: attention does not mind, so nothing is put back.
 
         Args:
             latent: [N, 1 + L_keep, D] from `encode`, or [N, 1 + L, D] with mask tokens in the encoder.
-            ids_restore: [N, L].
+            masking: what `encode` was given.
             decoder_pos_embed: [1, 1 + L, D_decoder].
+            removed_only: predict the removed patches only; the last block then computes no other token.
 
         Returns:
-            pred [N, L, h * w * C].
+            [N, L, h * w * C], the kept patches first; [N, L - L_keep, h * w * C] with `removed_only`.
         """
         tokens = self.decoder_embed(latent)
-        if not self.config.mask_tokens_in_encoder:
-            N, L = ids_restore.shape
-            mask_tokens = self.mask_token.expand(N, L + 1 - tokens.shape[1], -1).to(tokens.dtype)
-            patches = _gather(torch.cat([tokens[:, 1:], mask_tokens], dim=1), ids_restore)  # back in reading order
-            tokens = torch.cat([tokens[:, :1], patches], dim=1)
-        tokens = tokens + decoder_pos_embed
-        for block in self.decoder_blocks:
+        cls_token, patches = tokens[:, :1], tokens[:, 1:]
+        if self.config.mask_tokens_in_encoder:
+            patches = _gather(patches, masking.ids_shuffle)
+        else:
+            mask_tokens = self.mask_token.to(tokens.dtype).expand(len(tokens), masking.ids_remove.shape[1], -1)
+            patches = torch.cat([patches, mask_tokens], dim=1)
+        patches = patches + F.embedding(masking.ids_shuffle, decoder_pos_embed[0, 1:])
+        tokens = torch.cat([cls_token + decoder_pos_embed[:, :1], patches], dim=1)
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             tokens, _ = block(tokens)
-        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+        tokens, _ = last(tokens, 1 + masking.len_keep if removed_only else 1)
+        return self.decoder_pred(self.decoder_norm(tokens))
 
     @can_return_tuple
     def forward(
@@ -467,27 +484,28 @@ class MAEForPreTraining(MAEPreTrainedModel):
         if noise is None:
             uniforms = torch.rand(N, num_uniforms(config.mask_strategy, grid), device=pixel_values.device)
             noise = mask_noise(config.mask_strategy, uniforms, grid, config.mask_ratio)
+        masking = self.masking_of(patches, noise)
         encoded = self.encode(
             patches,
             self.positions(self.pos_embed, grid, interpolate_pos_encoding),
-            noise,
+            masking,
             output_hidden_states=bool(
                 config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
             output_attentions=bool(config.output_attentions if output_attentions is None else output_attentions),
         )
-        latent, mask, ids_restore = (
-            cast(Tensor, t) for t in (encoded.last_hidden_state, encoded.mask, encoded.ids_restore)
-        )
-        pred = self.decode(latent, ids_restore, self.positions(self.decoder_pos_embed, grid, interpolate_pos_encoding))
-        error = ((pred - make_target(config, patches)) ** 2).mean(dim=-1)  # [N, L], float32 as the target is
+        latent = cast(Tensor, encoded.last_hidden_state)
         if return_pred is None:
             return_pred = not self.training
+        decoder_pos_embed = self.positions(self.decoder_pos_embed, grid, interpolate_pos_encoding)
+        pred = self.decode(latent, masking, decoder_pos_embed, removed_only=not return_pred)
+        removed = pred[:, masking.len_keep :] if return_pred else pred
+        target = make_target(config, _gather(patches, masking.ids_remove))
         return MAEForPreTrainingOutput(
-            loss=(error * mask).sum() / mask.sum(),
-            pred=pred if return_pred else None,
-            mask=mask,
-            ids_restore=ids_restore,
+            loss=F.mse_loss(removed.to(target.dtype), target),
+            pred=_gather(pred, masking.ids_restore) if return_pred else None,
+            mask=encoded.mask,
+            ids_restore=encoded.ids_restore,
             latent=latent,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_mae.models.masking import count_kept, ids_from_noise, mask_noise, num_uniforms
+from hf_mae.models.masking import count_kept, mask_from_noise, mask_noise, num_uniforms
 
 CASES = [
     ("random", (14, 14), 0.75),
@@ -24,18 +24,19 @@ def draw(strategy: str, grid: tuple[int, int], count: int = 32, seed: int = 0) -
 
 def masks(strategy: str, grid: tuple[int, int], ratio: float, uniforms: Tensor) -> Tensor:
     noise = mask_noise(strategy, uniforms, grid, ratio)
-    return ids_from_noise(noise, count_kept(grid[0] * grid[1], ratio))[2]
+    return mask_from_noise(noise, count_kept(grid[0] * grid[1], ratio)).mask
 
 
 def test_ids_and_mask_of_a_hand_computed_case():
-    ids_keep, ids_restore, mask = ids_from_noise(torch.tensor([[0.9, 0.1, 0.5, 0.3]]), 2)
-    assert ids_keep.tolist() == [[1, 3]]
-    assert ids_restore.tolist() == [[3, 0, 2, 1]]
-    assert mask.tolist() == [[1, 0, 1, 0]]
+    masking = mask_from_noise(torch.tensor([[0.9, 0.1, 0.5, 0.3]]), 2)
+    assert masking.ids_keep.tolist() == [[1, 3]]
+    assert masking.ids_remove.tolist() == [[2, 0]]
+    assert masking.ids_restore.tolist() == [[3, 0, 2, 1]]
+    assert masking.mask.tolist() == [[1, 0, 1, 0]]
 
 
 def test_equal_noise_keeps_the_earlier_patch():
-    assert ids_from_noise(torch.zeros(1, 200), 3)[0].tolist() == [[0, 1, 2]]
+    assert mask_from_noise(torch.zeros(1, 200), 3).ids_keep.tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(("strategy", "grid", "ratio"), CASES)

@@ -4,6 +4,10 @@
 their kind nor their number can matter. A batch carries its positions and the cursor after it: save the cursor of the
 last batch trained on, never the reader's, which is ahead.
 
+`repeats` samples are made of each image, each with its own crop and mask (Hoffer et al. 2020, "Augment your batch";
+Feichtenhofer et al. 2022, "Masked autoencoders as spatiotemporal learners"). The stream then runs over global_batch /
+repeats images, and a rank's batch holds the first sample of each of its images, then the second of each, and so on.
+
 A picture that cannot be decoded is replaced by the next good row of its chunk, then of the chunks after it: a function
 of (chunk, row) alone, so all ranks, workers and restarts agree. It is listed in its batch. Whether there are too many
 is for `Loader.count_bad` to say, from the lists of all ranks, so that no rank stops before another.
@@ -11,25 +15,20 @@ is for `Loader.count_bad` to say, from the lists of all ranks, so that no rank s
 
 from __future__ import annotations
 
-import ctypes
-import signal
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hf_mae.data.decoding import Decoder, Failures, Work, WorkerProcesses, sample_places
 from hf_mae.data.formats import Buffer, Chunk, Source
-from hf_mae.data.images import NUM_UNIFORMS, ImageError, augment_image, decode_image
-from hf_mae.data.order import Ints, Order, uniforms
+from hf_mae.data.images import Pixels
+from hf_mae.data.order import Ints, Order
 from hf_mae.data.stream import Piece, Remainder, Stream, check_state, loader_state, steps_per_epoch
 from hf_mae.recipes.base import Augment
 
@@ -44,25 +43,23 @@ __all__ = [
 ]
 
 Extras = Callable[[Ints, Ints], Mapping[str, Tensor]]
-Failures = list[tuple[int, str]]
 
 THREAD_GROUP = 8
 """Images a thread decodes before it looks for other work."""
 PROCESS_GROUP = 64
 """Images sent to a process at once."""
-IMAGES_AHEAD = 2048
-"""Decoded ahead of the training step, within one to eight batches."""
-PR_SET_PDEATHSIG = 1
-"""From linux/prctl.h: the signal to get when the thread that forked us ends."""
+SAMPLES_AHEAD = 2048
+"""Samples decoded ahead of the training step, within one to eight batches."""
 
 
 class BadSample(TypedDict):
-    """A sample whose picture was replaced."""
+    """An image that was replaced."""
 
     batch: int
     """Number of the global batch, from 0."""
     epoch: int
     position: int
+    """Of the image in its epoch."""
     shard: str
     row: int
     reason: str
@@ -70,7 +67,7 @@ class BadSample(TypedDict):
 
 @dataclass
 class Batch:
-    """One rank's part of a global batch; n samples."""
+    """One rank's part of a global batch; n samples, those of one image n / repeats apart."""
 
     pixel_values: Tensor
     """uint8 [n, C, H, W]."""
@@ -78,6 +75,7 @@ class Batch:
     """int64 [n], -1 where there is none."""
     epochs: Ints
     positions: Ints
+    """int64 [n]: sample v of the image at position p of its epoch is at p * repeats + v."""
     extras: dict[str, Tensor]
     cursor: int
     """Global batches consumed, including this one."""
@@ -86,32 +84,6 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a task needs."""
         return {"pixel_values": self.pixel_values, "labels": self.labels, **self.extras}
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """From encoded images and their places in the stream to pixels; plain data, so that it can be sent to a process."""
-
-    seed: int
-    augment: Augment
-    image_size: tuple[int, int]
-    channels: int
-    max_pixels: int
-
-    def __call__(
-        self, images: Sequence[Buffer | None], epochs: Ints, positions: Ints, out: npt.NDArray[np.uint8]
-    ) -> Failures:
-        """Fill out [n, C, H, W]; return (slot, reason) of those that could not be decoded."""
-        draws = uniforms(NUM_UNIFORMS, self.seed, epochs, positions)
-        failures: Failures = []
-        for slot, (data, u) in enumerate(zip(images, draws, strict=True)):
-            try:
-                image = decode_image(data, self.channels, max_pixels=self.max_pixels)
-            except ImageError as error:
-                failures.append((slot, str(error)))
-                continue
-            out[slot] = augment_image(image, u, self.image_size, self.augment)
-        return failures
 
 
 class Loader:
@@ -123,7 +95,7 @@ class Loader:
         augment: from picture to `image_size`.
         image_size: (height, width) in pixels.
         channels: 3 or 1.
-        global_batch: samples of all ranks together; a multiple of `world`.
+        global_batch: samples of all ranks together; a multiple of `world * repeats`.
         rank: of this process.
         world: number of processes.
         cursor: global batches consumed before.
@@ -133,8 +105,12 @@ class Loader:
         worker_kind: threads, or processes for more than about eight cores a rank.
         max_bad_fraction: of the rows; `count_bad` raises when there are more.
         max_pixels: largest picture that is decoded.
+        decoder: see `hf_mae.data.images.sample_pixels`.
+        repeats: samples made of each image, all in one batch.
+        pin_memory: put the batches into page-locked memory, from which copies to a GPU need not be waited for. Without
+            CUDA it changes nothing.
         extras: (epochs [n], positions [n]) to more tensors of the batch, such as mask noise; called in a worker thread.
-        depth: batches decoded ahead; None is what makes about 2,048 images.
+        depth: batches decoded ahead; None is what makes about 2,048 samples.
         ahead: see `Stream`.
         readers: see `Stream`.
 
@@ -160,6 +136,9 @@ class Loader:
         worker_kind: Literal["thread", "process"] = "thread",
         max_bad_fraction: float = 0.01,
         max_pixels: int = 89_478_485,
+        decoder: Literal["exact", "fast"] = "exact",
+        repeats: int = 1,
+        pin_memory: bool = False,
         extras: Extras | None = None,
         depth: int | None = None,
         ahead: float = 0.5,
@@ -167,13 +146,22 @@ class Loader:
     ) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers} must not be negative")
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats} must be at least 1")
+        if global_batch % (world * repeats):
+            raise ValueError(
+                f"global_batch={global_batch} is not a multiple of the {world} processes"
+                + (f" times repeats={repeats}" if repeats > 1 else "")
+                + "; use a multiple"
+            )
         self.seconds_waiting = 0.0
         self._source, self._order = source, order
-        self._decoder = Decoder(order.seed, augment, image_size, channels, max_pixels)
+        self._decoder = Decoder(order.seed, augment, image_size, channels, max_pixels, decoder, repeats)
+        self._pin = pin_memory and torch.cuda.is_available()
         self._stream = Stream(
             source,
             order,
-            global_batch=global_batch,
+            global_batch=global_batch // repeats,
             rank=rank,
             world=world,
             cursor=cursor,
@@ -184,8 +172,8 @@ class Loader:
         )
         self._cursor, self._stop = cursor, stop
         self._extras, self._num_workers = extras, num_workers
-        share = global_batch // world
-        self._depth = depth if depth is not None else min(8, max(1, IMAGES_AHEAD // share))
+        self._images = global_batch // repeats // world  # of this rank, in one batch
+        self._depth = depth if depth is not None else min(8, max(1, SAMPLES_AHEAD // (global_batch // world)))
         self._max_bad_fraction = max_bad_fraction
         self._counted: dict[tuple[str, int], str] = {}
         # Rows that failed as stand-ins, by (chunk, row): what is known here saves time and changes no choice.
@@ -228,7 +216,7 @@ class Loader:
     def _inline(self) -> Generator[Batch, None, None]:
         try:
             for piece in self._stream:
-                pixels = self._empty(len(piece))
+                pixels = self._empty()
                 failures = self._decode(piece, pixels.numpy(), 0, len(piece))
                 yield self._finish(piece, pixels, failures, self._make_extras(piece))
         finally:
@@ -245,7 +233,7 @@ class Loader:
 
         try:
             for piece in self._stream:
-                pixels, n = self._empty(len(piece)), len(piece)
+                pixels, n = self._empty(), len(piece)
                 jobs = [
                     pool.submit(self._decode, piece, pixels.numpy(), a, min(a + THREAD_GROUP, n))
                     for a in range(0, n, THREAD_GROUP)
@@ -261,85 +249,95 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _processes(self) -> Generator[Batch, None, None]:
-        """Feed a stock DataLoader: order and reading stay here, a worker is a pure function of what it is sent."""
         pending: deque[Piece] = deque()
-        share = self._stream.global_batch // self._stream.world
-        groups = -(-share // PROCESS_GROUP)
-        loader = DataLoader(
-            _Decoding(self._decoder),
-            sampler=_Feed(self._work, pending),
-            batch_size=None,
+        rows = min(max(1, PROCESS_GROUP // self._decoder.repeats), self._images)
+        groups = range(0, self._images, rows)
+        workers = WorkerProcesses(
+            self._decoder,
+            self._work(pending, rows),
+            rows=rows,
             num_workers=self._num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_depend_on_the_parent,
-            prefetch_factor=max(2, -(-(self._depth + 1) * groups // self._num_workers)),
-            generator=torch.Generator(),  # else it draws from the global one
+            ahead=(self._depth + 1) * len(groups),
+            bytes_per_row=self._source.bytes_per_row,
         )
         results = None
         try:
             # The workers start before the threads that read: forking a process with threads can deadlock.
-            results = iter(loader)
-            for first in results:
-                parts = [first, *(next(results) for _ in range(groups - 1))]
-                pixels = parts[0][0] if groups == 1 else torch.cat([part[0] for part in parts])
-                failures = [(PROCESS_GROUP * i + s, why) for i, part in enumerate(parts) for s, why in part[1]]
-                piece = pending.popleft()
-                yield self._finish(piece, pixels, failures, self._make_extras(piece))
-            for piece in pending:  # the one that could not be read ended the feed: now is its turn to be heard
+            results = iter(workers)
+            pixels, failures = self._empty(), []
+            for number, (part, failed) in enumerate(results):
+                a = groups[number % len(groups)]
+                pixels.numpy()[:, a : a + rows] = part
+                failures += [(a + i, reason) for i, reason in failed]
+                if a == groups[-1]:
+                    piece = pending.popleft()
+                    yield self._finish(piece, pixels, failures, self._make_extras(piece))
+                    pixels, failures = self._empty(), []
+            for piece in pending:  # the one that could not be read ended the work: now is its turn to be heard
                 _encoded(piece, slice(None))
         finally:
             self._stream.close()
             del results  # ends the workers
 
-    def _work(self, pending: deque[Piece]) -> Iterator[tuple[list[bytes | None], Ints, Ints]]:
+    def _work(self, pending: deque[Piece], rows: int) -> Iterator[Work]:
         for piece in self._stream:
             pending.append(piece)
             if any(future.exception() for future in piece.futures):
                 return  # raising here, inside the DataLoader, would lose the batches before
-            for a in range(0, len(piece), PROCESS_GROUP):
-                part = slice(a, a + PROCESS_GROUP)
-                images = [None if v is None else bytes(v) for v in _encoded(piece, part)]
-                yield images, piece.epochs[part], piece.positions[part]
+            for a in range(0, len(piece), rows):
+                part = slice(a, a + rows)
+                yield _encoded(piece, part), piece.epochs[part], piece.positions[part]
 
     # -------------------------------------------------------------------------------------------- one batch
 
-    def _empty(self, n: int) -> Tensor:
-        return torch.empty((n, self._decoder.channels, *self._decoder.image_size), dtype=torch.uint8)
+    def _empty(self) -> Tensor:
+        return torch.empty(self._decoder.shape(self._images), dtype=torch.uint8, pin_memory=self._pin)
 
-    def _decode(self, piece: Piece, out: npt.NDArray[np.uint8], a: int, b: int) -> Failures:
+    def _decode(self, piece: Piece, out: Pixels, a: int, b: int) -> Failures:
         part = slice(a, b)
-        failures = self._decoder(_encoded(piece, part), piece.epochs[part], piece.positions[part], out[part])
-        return [(a + slot, reason) for slot, reason in failures]
+        failures = self._decoder(_encoded(piece, part), piece.epochs[part], piece.positions[part], out[:, part])
+        return [(a + i, reason) for i, reason in failures]
 
     def _make_extras(self, piece: Piece) -> dict[str, Tensor]:
-        return dict(self._extras(piece.epochs, piece.positions)) if self._extras else {}
+        if self._extras is None:
+            return {}
+        return dict(self._extras(*sample_places(piece.epochs, piece.positions, self._decoder.repeats)))
 
     def _finish(self, piece: Piece, pixels: Tensor, failures: Failures, extras: dict[str, Tensor]) -> Batch:
+        """Make a batch of pixels [repeats, images, C, H, W], with stand-ins for the images that failed."""
         chunks = [future.result() for future in piece.futures]
         rows = zip(chunks, piece.rows.tolist(), strict=True)
         labels = torch.tensor([int(chunk.labels[row]) for chunk, row in rows], dtype=torch.int64)
         bad: list[BadSample] = []
-        for slot, reason in sorted(failures):
-            chunk, row = int(piece.chunks[slot]), int(piece.rows[slot])
-            reason = chunks[slot].error or reason
+        for i, reason in sorted(failures):
+            chunk, row = int(piece.chunks[i]), int(piece.rows[i])
+            reason = chunks[i].error or reason
             self._undecodable[chunk, row] = reason
-            encoded, label = self._stand_in(chunk, row, chunks[slot])
-            place = slice(slot, slot + 1)
-            failed = self._decoder([encoded], piece.epochs[place], piece.positions[place], pixels.numpy()[place])
-            assert not failed, "a stand-in decodes"
-            labels[slot] = label
+            labels[i] = self._stand_in(piece, i, chunks[i], pixels.numpy()[:, i : i + 1])
             shard, number = self._source.describe(chunk, row)
-            epoch, position = int(piece.epochs[slot]), int(piece.positions[slot])
+            epoch, position = int(piece.epochs[i]), int(piece.positions[i])
             bad.append(
                 BadSample(batch=piece.index, epoch=epoch, position=position, shard=shard, row=number, reason=reason)
             )
-        return Batch(pixels, labels, piece.epochs, piece.positions, extras, piece.index + 1, bad)
+        labels = labels.repeat(self._decoder.repeats)
+        if self._pin:
+            labels, extras = labels.pin_memory(), {name: tensor.pin_memory() for name, tensor in extras.items()}
+        places = sample_places(piece.epochs, piece.positions, self._decoder.repeats)
+        return Batch(pixels.flatten(0, 1), labels, *places, extras, piece.index + 1, bad)
 
     # -------------------------------------------------------------------------------------------- bad samples
 
-    def _stand_in(self, chunk: int, row: int, data: Chunk) -> tuple[Buffer | None, int]:
-        """Find the next good row of the chunk, then of the chunks after it in the source's order."""
-        total = len(self._order.sizes)
+    def _stand_in(self, piece: Piece, i: int, data: Chunk, out: Pixels) -> int:
+        """Fill image i from the next good row of its chunk, or of the chunks after it; return its label.
+
+        Args:
+            piece: the batch.
+            i: which of its images failed.
+            data: the chunk it is in.
+            out: [repeats, 1, C, H, W].
+        """
+        chunk, row, total = int(piece.chunks[i]), int(piece.rows[i]), len(self._order.sizes)
+        place = piece.epochs[i : i + 1], piece.positions[i : i + 1]
         for step in range(total):
             number = (chunk + step) % total
             data = data if step == 0 else self._read_spare(number)
@@ -347,12 +345,10 @@ class Loader:
                 other = (row + k) % len(data.images)
                 if (number, other) in self._undecodable:
                     continue
-                try:
-                    decode_image(data.images[other], self._decoder.channels, max_pixels=self._decoder.max_pixels)
-                except ImageError as error:
-                    self._undecodable[number, other] = data.error or str(error)
+                if failed := self._decoder([data.images[other]], *place, out):
+                    self._undecodable[number, other] = data.error or failed[0][1]
                     continue
-                return data.images[other], int(data.labels[other])
+                return int(data.labels[other])
         bad = {self._source.describe(c, r): reason for (c, r), reason in list(self._undecodable.items())[:5]}
         raise RuntimeError(f"none of the {self._order.num_rows} images can be decoded; {first_reasons(bad)}")
 
@@ -395,6 +391,11 @@ class Loader:
             held = min(1.65 * mixed / sharing, order.num_rows) * source.bytes_per_row
             line += f", about {held / 1e6:,.0f} MB of encoded images held per process"
         lines = [line]
+        if (repeats := self._decoder.repeats) > 1:
+            lines.append(
+                f"repeats: {repeats} samples of each image, {stream.global_batch} different images a batch; this "
+                "changes what is learned, not only the speed"
+            )
         if (classes := self._classes_per_window()) is not None:
             lines.append(f"classes: {classes[0]:,} of {classes[1]:,} in the first {mixed:,} rows")
         if order.lanes % stream.world:
@@ -434,44 +435,3 @@ def _encoded(piece: Piece, part: slice) -> list[Buffer | None]:
     """Wait for the chunks of these slots and look the rows up."""
     rows = piece.rows[part].tolist()
     return [future.result().images[row] for future, row in zip(piece.futures[part], rows, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------ processes
-
-
-class _Feed(Sampler[Any]):
-    """What a DataLoader takes for indices is the work itself."""
-
-    def __init__(self, work: Callable[[deque[Piece]], Iterator[Any]], pending: deque[Piece]) -> None:
-        self._work, self._pending = work, pending
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._work(self._pending)
-
-
-class _Decoding(Dataset[tuple[Tensor, Failures]]):
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-
-    def __getitem__(self, work: tuple[list[bytes | None], Ints, Ints]) -> tuple[Tensor, Failures]:
-        images, epochs, positions = work
-        out = torch.empty((len(images), self.decoder.channels, *self.decoder.image_size), dtype=torch.uint8)
-        return out, self.decoder(images, epochs, positions, out.numpy())
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _depend_on_the_parent(worker: int) -> None:
-    """Outlive Ctrl-C and one SIGTERM, which reach the whole process group: the parent has a step to finish.
-
-    But not the parent, however it ends: a worker holds what it inherited, such as the lock of the run folder. torch
-    looks for the parent every five seconds; Linux tells at once.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The second is meant for us: it is how an exiting parent ends its children.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    torch.set_num_threads(1)

@@ -26,6 +26,11 @@ Remainder = Literal["carry", "drop"]
 def steps_per_epoch(rows: int, global_batch: int, remainder: Remainder) -> float:
     """Return the optimizer updates of one epoch: fractional when the remainder carries over, whole when it is dropped.
 
+    Args:
+        rows: of the data.
+        global_batch: rows of one update; with repeated sampling fewer than its samples.
+        remainder: see `Stream`.
+
     Raises:
         ValueError: dropping would leave nothing.
     """
@@ -41,13 +46,24 @@ def steps_per_epoch(rows: int, global_batch: int, remainder: Remainder) -> float
     return float(rows // global_batch)
 
 
-def loader_state(source: Source, order: Order, global_batch: int, remainder: Remainder) -> dict[str, Any]:
-    """Return what decides the order, to be saved beside the cursor and compared by `check_state` at resume."""
+def loader_state(
+    source: Source, order: Order, global_batch: int, remainder: Remainder, repeats: int = 1
+) -> dict[str, Any]:
+    """Return what decides the order, to be saved beside the cursor and compared by `check_state` at resume.
+
+    Args:
+        source: what is read.
+        order: in which order.
+        global_batch: samples of all ranks together, `repeats` of each image.
+        remainder: see `Stream`.
+        repeats: samples made of each image.
+    """
     return {
         "seed": order.seed,
         "lanes": order.lanes,
         "window": order.window,
         "global_batch": global_batch,
+        "repeats": repeats,
         "remainder": remainder,
         "fingerprint": source.fingerprint,
         "rows": order.num_rows,
@@ -63,7 +79,8 @@ def check_state(saved: Mapping[str, Any], current: Mapping[str, Any], cursor: in
     Raises:
         ValueError: something that decides the order differs; names it, with both values.
     """
-    for name in ("rows", "fingerprint", "seed", "remainder", "lanes", "window"):
+    saved = {"repeats": 1, **saved}  # checkpoints before 0.2 do not say
+    for name in ("rows", "fingerprint", "seed", "remainder", "lanes", "window", "repeats"):
         if saved[name] != current[name]:
             what = (
                 "the data has changed" if name in ("rows", "fingerprint") else "the order of the samples would change"
@@ -114,7 +131,7 @@ class Stream:
     Args:
         source: what to read.
         order: in which order.
-        global_batch: samples of all ranks together; a multiple of `world`.
+        global_batch: rows of all ranks together; a multiple of `world`.
         rank: which slots are ours.
         world: number of ranks.
         cursor: global batches consumed before.

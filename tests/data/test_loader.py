@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from hf_mae.data import decoding
 from hf_mae.data import loader as loader_module
 from hf_mae.data.examples import load_examples
 from hf_mae.data.formats import ParquetSource
-from hf_mae.data.images import decode_image, eval_image
+from hf_mae.data.images import decode_image, eval_image, sample_pixels
 from hf_mae.data.loader import (
     Loader,
     Stream,
@@ -85,9 +86,9 @@ def expected():
 def test_workers_prefetch_and_delays_change_nothing(expected, options, monkeypatch):
     def slow(*args, **kwargs):
         time.sleep(random.SystemRandom().uniform(0, 0.002))
-        return decode_image(*args, **kwargs)
+        return sample_pixels(*args, **kwargs)
 
-    monkeypatch.setattr(loader_module, "decode_image", slow)
+    monkeypatch.setattr(decoding, "sample_pixels", slow)
     assert run(FakeSource(SIZES, delay=0.003), **options) == expected
 
 
@@ -324,10 +325,10 @@ def test_the_stand_in_is_the_next_good_row_with_the_failed_places_own_crop():
                 assert b.labels[i] == wanted[number]
                 chunk = int(np.searchsorted(starts, wanted[number], side="right")) - 1
                 data = good.read(chunk).images[wanted[number] - starts[chunk]]
-                out = np.empty((1, 3, 8, 8), np.uint8)
+                out = np.empty((1, 1, 3, 8, 8), np.uint8)
                 at = slice(i, i + 1)
                 assert not loader._decoder([data], b.epochs[at], b.positions[at], out)
-                assert np.array_equal(out[0], b.pixel_values[i].numpy())
+                assert np.array_equal(out[0, 0], b.pixel_values[i].numpy())
                 checked += 1
     assert checked == len(wanted)
 
@@ -529,7 +530,7 @@ def test_a_programming_error_is_not_taken_for_a_bad_image(workers, monkeypatch):
     def broken(*args, **kwargs):
         raise TypeError("a bug of ours")
 
-    monkeypatch.setattr(loader_module, "augment_image", broken)
+    monkeypatch.setattr(decoding, "sample_pixels", broken)
     source = FakeSource(SIZES)
     with (
         Loader(source, order_of(source), global_batch=24, num_workers=workers, **FIXED) as loader,

@@ -61,7 +61,12 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """`faster` if the ratios are above 1 beyond doubt, `slower` if they are below it, else `tie`."""
+        """`faster` if the ratios are above 1 beyond doubt, `slower` if they are below it, else `tie`.
+
+        `too few` if not even an agreement of all ratios would pass the sign test.
+        """
+        if sign_test(self.n, 0) > SIGNIFICANCE:
+            return "too few"
         if sign_test(self.above, self.below) > SIGNIFICANCE or self.low <= 1 <= self.high:
             return "tie"
         return "faster" if self.low > 1 else "slower"
@@ -214,16 +219,16 @@ def run_rounds(
     taken: list[dict[str, Reading]] = []
     with _ending(workers):
         for name, variant in variants.items():
-            begun, before = time.monotonic(), available_memory()
-            largest = max((worker.memory for worker in workers.values()), default=0.0)
-            if before < 1.2 * largest:
+            begun, left = time.monotonic(), available_memory()
+            largest = max((peak_memory(worker.process.pid) for worker in workers.values()), default=0.0)
+            if left < 1.2 * largest:
                 raise RuntimeError(
-                    f"{before:.0f} MB of memory are left for {name} and the largest variant so far took "
+                    f"{left:.0f} MB of memory are left for {name} and the largest variant so far took "
                     f"{largest:.0f} MB; compare fewer variants at once, or a smaller batch"
                 )
             workers[name] = _Worker(name, variant, warmup)
-            workers[name].memory = max(0.0, before - available_memory())
-            say(f"{name}: ready after {time.monotonic() - begun:.1f} s, {workers[name].memory:.0f} MB")
+            memory = peak_memory(workers[name].process.pid)
+            say(f"{name}: ready after {time.monotonic() - begun:.1f} s, {memory:.0f} MB")
         begun = time.monotonic()
         for index in range(rounds):
             names = list(variants) if index % 2 == 0 else list(variants)[::-1]
@@ -283,8 +288,6 @@ def wait_for(device: torch.device) -> None:
 
 class _Worker:
     """The parent's side of a variant's process."""
-
-    memory = 0.0
 
     def __init__(self, name: str, variant: Variant, warmup: int):
         self.name = name
@@ -421,9 +424,9 @@ def readings_record(run: Run) -> dict[str, Any]:
     }
 
 
-def peak_memory() -> float:
-    """Return the largest resident memory of this process so far, in MB."""
-    value = _fields_of("/proc/self/status").get("VmHWM")
+def peak_memory(pid: int | None = None) -> float:
+    """Return the largest resident memory of a process so far, in MB; of this one unless told."""
+    value = _fields_of(f"/proc/{pid or 'self'}/status").get("VmHWM")
     if value is not None:
         return int(value.split()[0]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on a Mac; Linux would add the parent's

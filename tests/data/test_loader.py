@@ -20,7 +20,7 @@ from hf_mae.data import decoding
 from hf_mae.data import loader as loader_module
 from hf_mae.data.examples import load_examples
 from hf_mae.data.formats import ParquetSource
-from hf_mae.data.images import decode_image, eval_image, sample_pixels
+from hf_mae.data.images import NUM_UNIFORMS, augment_image, decode_image, eval_image, sample_pixels
 from hf_mae.data.loader import (
     Loader,
     Stream,
@@ -111,9 +111,24 @@ def test_real_images_come_in_one_order_and_once_an_epoch(real, workers, world):
     assert len(set(zip(chunks.tolist(), rows.tolist(), strict=True))) == 5000
 
 
-def test_processes_give_the_same_pixels(expected, monkeypatch):
+@pytest.mark.parametrize("depth", [1, 8])  # three slots of shared memory, or thirty
+def test_processes_give_the_same_pixels(expected, monkeypatch, depth):
     monkeypatch.setattr(loader_module, "PROCESS_GROUP", 10)  # 24 images in three uneven parts
-    assert run(FakeSource(SIZES), num_workers=2, worker_kind="process") == expected
+    assert run(FakeSource(SIZES), num_workers=2, worker_kind="process", depth=depth) == expected
+
+
+@pytest.mark.parametrize("size", [20, None])  # hardly an image fits; the source does not know
+def test_images_beyond_the_shared_room_reach_the_processes(expected, size):
+    source = FakeSource(SIZES)
+    source.bytes_per_row = size
+    assert run(source, num_workers=1, worker_kind="process", depth=1) == expected
+
+
+def test_batches_stay_as_they_were_while_the_processes_go_on():
+    options = FIXED | {"num_workers": 2, "worker_kind": "process", "depth": 1, "stop": 12}
+    with Loader(FakeSource(SIZES), order_of(FakeSource(SIZES)), global_batch=24, **options) as loader:
+        held = [(batch, digest(batch)) for batch in loader]
+    assert all(digest(batch) == before for batch, before in held)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])  # 3 does not divide the 8 lanes
@@ -170,6 +185,98 @@ def test_two_rows_fill_a_batch_of_many_epochs():
     batches = run_positions(FakeSource([2]), 2, 100, 2, 2)
     assert all(len(rows) == 100 for rows in batches.values())
     assert {row[0] for row in batches[1]} == set(range(50, 100))
+
+
+# ------------------------------------------------------------------------------------------------ repeated sampling
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_samples_are_views_of_their_image_drawn_at_their_own_place(repeats):
+    source = FakeSource(SIZES)
+    pictures = [data for chunk in range(len(SIZES)) for data in source.read(chunk).images]
+    with Loader(source, order_of(source), global_batch=24, stop=4, repeats=repeats, **FIXED) as loader:
+        for b in loader:
+            n = 24 // repeats
+            assert b.labels.tolist() == b.labels[:n].tolist() * repeats
+            assert b.positions[:n].tolist() == list(range((b.cursor - 1) * 24, b.cursor * 24, repeats))
+            assert np.array_equal(b.positions, np.concatenate([b.positions[:n] + v for v in range(repeats)]))
+            draws = uniforms(NUM_UNIFORMS, 5, b.epochs, b.positions)
+            for pixels, label, u in zip(b.pixel_values, b.labels.tolist(), draws, strict=True):
+                image = decode_image(pictures[label])
+                assert np.array_equal(pixels.numpy(), augment_image(image, u, (8, 8), Augment()))
+
+
+@pytest.fixture(scope="module")
+def doubled():
+    return run(FakeSource(SIZES), num_workers=0, repeats=2, stop=28)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_workers": 3, "depth": 2},
+        {"num_workers": 2, "worker_kind": "process", "depth": 1},
+        {"num_workers": 1, "world": 3},
+        {"num_workers": 1, "world": 2, "worker_kind": "process"},
+    ],
+    ids=str,
+)
+def test_repeats_come_the_same_from_all_workers_and_ranks(doubled, options, monkeypatch):
+    monkeypatch.setattr(loader_module, "PROCESS_GROUP", 10)  # 12 images in three uneven parts
+    assert run(FakeSource(SIZES), repeats=2, stop=28, **options) == doubled
+
+
+@pytest.mark.parametrize("cursor", [1, 18, 19, 27])  # a pass over the data is 18.67 batches
+def test_repeats_go_on_at_the_cursor(doubled, cursor):
+    seen = run(FakeSource(SIZES), 2, count=cursor, repeats=2, stop=28, num_workers=2)
+    rest = run(FakeSource(SIZES), 3, cursor=cursor, repeats=2, stop=28, num_workers=1)
+    assert seen | rest == doubled
+
+
+def test_a_pass_over_the_data_shows_each_image_repeats_times(doubled):
+    rows = [row for k in sorted(doubled) for row in doubled[k] if row[0] == 0]
+    assert sorted(row[1] for row in rows) == list(range(2 * N))
+    assert sorted(row[2] for row in rows) == sorted([*range(N), *range(N)])
+    assert len({row[3] for row in rows}) > 1.9 * N  # other crops
+
+
+def test_micro_batches_of_one_process_are_the_batches_of_two():
+    def first(rank, world):
+        source = FakeSource(SIZES)
+        with Loader(
+            source, order_of(source), global_batch=24, rank=rank, world=world, repeats=3, num_workers=0, **FIXED
+        ) as loader:
+            return next(loader)
+
+    whole = first(0, 1)
+    for index in range(2):
+        part = first(index, 2)
+        assert torch.equal(whole.pixel_values[index::2], part.pixel_values)
+        assert torch.equal(whole.labels[index::2], part.labels)
+        assert np.array_equal(whole.positions[index::2], part.positions)
+
+
+def test_extras_get_the_places_of_the_samples():
+    seen = []
+
+    def extras(epochs, positions):
+        seen.append((epochs, positions))
+        return {"noise": torch.from_numpy(positions)}
+
+    source = FakeSource(SIZES)
+    for options in ({"num_workers": 2}, {"num_workers": 1, "worker_kind": "process"}):
+        with Loader(
+            source, order_of(source), global_batch=24, repeats=2, stop=3, extras=extras, **(FIXED | options)
+        ) as loader:
+            for b in loader:
+                assert np.array_equal(b.extras["noise"].numpy(), b.positions)
+                assert len(b.epochs) == len(b.positions) == len(b.pixel_values) == 24
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 2}, {"num_workers": 1, "worker_kind": "process"}], ids=str)
+def test_the_fast_decoder_gives_the_same_batches_from_all_workers(options):
+    expected = run(FakeSource(SIZES), num_workers=0, decoder="fast", stop=9)
+    assert run(FakeSource(SIZES), decoder="fast", stop=9, **options) == expected
 
 
 # ------------------------------------------------------------------------------------------------ resume
@@ -240,6 +347,17 @@ def test_state_names_what_has_changed():
             check_state(state, state | {field: "other"}, 7)
 
 
+def test_repeats_may_not_change_and_were_one_before_they_existed():
+    source = FakeSource(SIZES)
+    state = loader_state(source, order_of(source), 24, "carry", 2)
+    assert check_state(state, dict(state), 7) == 7
+    old = loader_state(source, order_of(source), 24, "carry")
+    del old["repeats"]
+    assert check_state(old, loader_state(source, order_of(source), 24, "carry"), 7) == 7
+    with pytest.raises(ValueError, match="repeats was 1 in the checkpoint and is 2 now: the order of the samples"):
+        check_state(old, state, 7)
+
+
 def test_global_batch_may_change_where_no_sample_moves():
     source = FakeSource(SIZES)
     state = loader_state(source, order_of(source), 24, "carry")
@@ -269,14 +387,15 @@ def test_steps_per_epoch_counts_what_is_used():
 BAD = [3, 60, 61, 62, 63, 64, 65, 66, 100, 47]  # chunk 2 is the single row 47; 60..66 are neighbours
 
 
-def bad_run(world=1, **options):
+def bad_run(world=1, repeats=1, **options):
     out, listed = {}, []
     for rank in range(world):
         source = FakeSource(SIZES, bad=BAD, broken=[5])
         with Loader(
             source,
             order_of(source),
-            global_batch=28,
+            global_batch=28 * repeats,
+            repeats=repeats,
             rank=rank,
             world=world,
             stop=2 * N // 28,
@@ -304,6 +423,20 @@ def test_stand_ins_and_their_list_are_the_same_everywhere():
     reasons = {s["reason"] for s in listed}
     assert "damaged chunk" in reasons
     assert any("not a known image format" in r for r in reasons)
+
+
+def test_a_bad_image_is_listed_once_however_often_it_is_sampled():
+    once = bad_run(num_workers=0)[1]
+    batches, listed = bad_run(num_workers=0, repeats=2)
+    assert listed == once  # the images' own positions
+    for options in ({"num_workers": 2, "world": 2}, {"num_workers": 2, "worker_kind": "process"}):
+        assert bad_run(repeats=2, **options) == (batches, listed)
+    labels = {(epoch, position): label for rows in batches.values() for epoch, position, label, _ in rows}
+    pixels = {(epoch, position): md5 for rows in batches.values() for epoch, position, _, md5 in rows}
+    for s in listed:
+        first, second = (s["epoch"], 2 * s["position"]), (s["epoch"], 2 * s["position"] + 1)
+        assert labels[first] == labels[second]
+        assert pixels[first] != pixels[second]
 
 
 def test_the_stand_in_is_the_next_good_row_with_the_failed_places_own_crop():
@@ -451,6 +584,21 @@ def test_a_batch_carries_places_labels_extras_and_waiting_time():
         assert np.array_equal(tensors["noise"].numpy(), expected)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinning_changes_nothing_without_a_gpu(expected, workers):
+    assert run(FakeSource(SIZES), num_workers=workers, pin_memory=not torch.cuda.is_available()) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("workers", "kind"), [(0, "thread"), (2, "thread"), (1, "process")])
+def test_batches_are_pinned_when_asked(workers, kind):
+    source = FakeSource(SIZES)
+    options = FIXED | {"num_workers": workers, "worker_kind": kind, "pin_memory": True, "stop": 2}
+    options["extras"] = lambda epochs, positions: {"noise": torch.zeros(len(positions))}
+    with Loader(source, order_of(source), global_batch=24, **options) as loader:
+        assert all(tensor.is_pinned() for batch in loader for tensor in batch.tensors().values())
+
+
 @pytest.mark.parametrize(("workers", "kind"), [(0, "thread"), (2, "thread"), (1, "process")])
 def test_loading_touches_no_global_generator(workers, kind):
     before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
@@ -469,6 +617,10 @@ def test_uneven_processes_and_ranks_are_refused():
     source = FakeSource(SIZES)
     with pytest.raises(ValueError, match="global_batch=25 is not a multiple of the 2 processes"):
         Loader(source, order_of(source), global_batch=25, world=2, **FIXED)
+    with pytest.raises(ValueError, match="global_batch=24 is not a multiple of the 2 processes times repeats=5"):
+        Loader(source, order_of(source), global_batch=24, world=2, repeats=5, **FIXED)
+    with pytest.raises(ValueError, match="repeats=0 must be at least 1"):
+        Loader(source, order_of(source), global_batch=24, repeats=0, **FIXED)
     with pytest.raises(ValueError, match="num_workers=-1"):
         Loader(source, order_of(source), global_batch=24, num_workers=-1, **FIXED)
 
@@ -480,6 +632,8 @@ def test_description_gives_memory_classes_and_warnings(tmp_path):
     assert lines[0].startswith("order: 8 lanes, 2 chunks a window: 60 rows mixed, about 0 MB")
     assert "classes: 3 of 3" in lines[1]
     assert len(lines) == 2
+    lines = Loader(source, order_of(source), global_batch=24, repeats=4, **FIXED).describe()
+    assert lines[1].startswith("repeats: 4 samples of each image, 6 different images a batch")
     source.bytes_per_row = 1e9
     lines = Loader(source, order_of(source), global_batch=24, world=3, **FIXED).describe()
     assert "8 lanes over 3 processes" in lines[2]

@@ -9,6 +9,10 @@ modules alone: filters are global, so changing them around each picture would be
 
 Every random choice comes from a row of uniforms that the caller draws (`hf_mae.data.order.uniforms`), so a crop is a
 function of the sample's place in the stream. The random resized crop is torchvision's, try for try.
+
+Training takes the short way, `sample_pixels`: plain JPEGs are decoded by simplejpeg, which has the bits of Pillow as
+long as both are built on libjpeg-turbo and there is nothing to complain of. Whatever is not plain, and every complaint,
+goes to Pillow, so that the bits and the errors are Pillow's always.
 """
 
 from __future__ import annotations
@@ -19,12 +23,16 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
+import torch
+import torch.nn.functional as F
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -91,7 +99,7 @@ _PILLOW_RAISES = (
     AssertionError,
     EOFError,
     ArithmeticError,
-    NotImplementedError,
+    RuntimeError,  # AVIF frames
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -135,26 +143,40 @@ def decode_image(data: bytes | memoryview | None, channels: int = 3, *, max_pixe
     Raises:
         ImageError: the data is missing, damaged, too large, or of another kind.
     """
-    if data is None:
-        raise ImageError("no image (null)")
-    if not len(data):
-        raise ImageError("empty (0 bytes)")
-    reader = _reader(bytes(data[:16]))
+    with _only_image_errors():
+        return _load(_open(data, max_pixels), channels)
+
+
+@contextmanager
+def _only_image_errors() -> Iterator[None]:
     try:
-        image = reader(io.BytesIO(data))
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(
-                f"{width}x{height} is {width * height} pixels, more than max_pixels={max_pixels} (--data.max-pixels)"
-            )
-        image.load()
-        orientation = _orientation(image)
-        picture = _to_8_bits(image, channels)
-        return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+        yield
     except ImageError:
         raise
     except _PILLOW_RAISES as error:
         raise ImageError(f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _open(data: bytes | memoryview | None, max_pixels: int) -> Image.Image:
+    """Read the header alone."""
+    if data is None:
+        raise ImageError("no image (null)")
+    if not len(data):
+        raise ImageError("empty (0 bytes)")
+    image = _reader(bytes(data[:16]))(io.BytesIO(data))
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{width}x{height} is {width * height} pixels, more than max_pixels={max_pixels} (--data.max-pixels)"
+        )
+    return image
+
+
+def _load(image: Image.Image, channels: int) -> Image.Image:
+    image.load()
+    orientation = _orientation(image)
+    picture = _to_8_bits(image, channels)
+    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
 
 
 def _reader(head: bytes) -> Callable[[Any], Image.Image]:
@@ -232,6 +254,60 @@ def exif_orientation(exif: bytes) -> int:
     return 1
 
 
+# ------------------------------------------------------------------------------------------------ plain JPEGs
+
+_ROWS_WERE_LEFT = "extraneous bytes before marker 0xd9"
+"""libjpeg's first complaint when a sound picture has more rows than its header says: there is data up to its end."""
+
+
+@cache
+def _pillow_is_libjpeg_turbo() -> bool:
+    """Say whether Pillow's JPEG decoder is simplejpeg's: other libjpegs upsample chroma differently."""
+    return bool(features.check_feature("libjpeg_turbo"))
+
+
+def _decode_plain_jpeg(image: Image.Image, data: bytes | memoryview, bottom: int) -> Pixels | None:
+    """Decode what Pillow would, to the bit, in less time; None is for Pillow to judge.
+
+    Args:
+        image: the opened header of `data`; untouched.
+        data: the encoded file.
+        bottom: the first row that nobody needs.
+
+    Returns:
+        [rows, W, 3], where at least the rows before `bottom` are there.
+    """
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or not _pillow_is_libjpeg_turbo():
+        return None
+    if image.mode not in ("RGB", "L") or _orientation(image) != 1 or image.fp is None:
+        return None
+    (width, height), layers = image.size, image.layers
+    encoded: memoryview | bytearray = memoryview(data).cast("B")
+    header = bytes(encoded[: image.fp.tell()])  # to the end of the first scan's header, where Pillow's reader stopped
+    frame = struct.pack(">HBHHB", 8 + 3 * layers, 8, height, width, layers)
+    at = header.find(frame)
+    if at < 2 or header[at - 2 : at] not in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"):
+        return None
+    # Where all the picture is in one scan without restart markers, a header of fewer rows makes libjpeg stop early. It
+    # then looks for the next marker and finds it at once to be the end of the picture, or we ask Pillow: a full decoder
+    # would have come to the same marker, so it has nothing else to complain of either. One more block of rows is
+    # decoded, because the last rows of a block take chroma from the next.
+    rows = min(height, (bottom // 16 + 1) * 16)
+    scan = b"\xff\xda" + struct.pack(">HB", 6 + 2 * layers, layers)
+    if header[at - 1] == 0xC2 or b"\xff\xdd" in header or scan != header[-8 - 2 * layers :][:5]:
+        rows = height
+    if rows < height:
+        encoded = bytearray(encoded)
+        encoded[at + 3 : at + 5] = rows.to_bytes(2, "big")
+    pixels = np.empty((rows, width, 3), np.uint8)
+    try:
+        # Strict: what libjpeg only warns of is an error. So is a buffer too small for a header that we misread.
+        decoded = simplejpeg.decode_jpeg(encoded, "RGB", buffer=pixels, strict=True)
+    except ValueError as error:
+        return pixels if rows < height and _ROWS_WERE_LEFT in str(error) else None
+    return pixels if decoded.shape == pixels.shape else None
+
+
 # ------------------------------------------------------------------------------------------------ augmentation
 
 
@@ -287,23 +363,14 @@ def augment_image(
     Returns:
         uint8 [C, H, W].
     """
-    height, width = size
     if augment.crop == "random-resized":
         top, left, h, w = random_resized_crop_box(u, image.height, image.width, augment.scale, augment.ratio)
-        image = image.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BICUBIC)
-    elif augment.crop == "fixed":
-        image = _resize_to_cover(image, size)
-        top, left = int(u[0] * (image.height - height + 1)), int(u[1] * (image.width - width + 1))
-        image = image.crop((left, top, left + width, top + height))
+        image = _resize(image.crop((left, top, left + w, top + h)), size)
     else:
-        image = _center(image, size)
+        image = _crop_resized(image, u, size, augment)
     if augment.flip and u[FLIP] < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if augment.color_jitter:
-        for i, enhance in enumerate((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)):
-            factor = 1 + augment.color_jitter * (2 * float(u[JITTER + i]) - 1)
-            image = enhance(image).enhance(max(0.0, factor))
-    return _to_array(image)
+    return _to_array(_jitter(image, u, augment))
 
 
 def sample_pixels(
@@ -329,9 +396,74 @@ def sample_pixels(
     Raises:
         ImageError: as `decode_image`; nothing has been written then.
     """
-    image = decode_image(data, out.shape[1], max_pixels=max_pixels)
+    channels, height, width = out.shape[1:]
+    pixels = None
+    with _only_image_errors():
+        image = _open(data, max_pixels)
+        assert data is not None, "refused before"
+        if channels == 3:
+            pixels = _decode_plain_jpeg(image, data, _bottom(image, draws, augment))
+        if pixels is None:
+            image = _load(image, channels)
+            pixels = np.asarray(image)
     for u, sample in zip(draws, out, strict=True):
-        sample[:] = augment_image(image, u, out.shape[2:], augment)
+        if augment.crop == "random-resized":
+            top, left, h, w = random_resized_crop_box(u, image.height, image.width, augment.scale, augment.ratio)
+            part = pixels[top : top + h, left : left + w]
+            resize = _resize_fast if decoder == "fast" and channels == 3 else _resize_exact
+            part = resize(part, (height, width))
+        else:
+            part = np.asarray(_crop_resized(Image.fromarray(pixels), u, (height, width), augment))
+        if augment.color_jitter:  # commutes with the flip: the mean that contrast needs is the same
+            part = np.asarray(_jitter(Image.fromarray(part), u, augment))
+        if augment.flip and u[FLIP] < 0.5:
+            part = part[:, ::-1]
+        sample[:] = part if channels == 1 else part.transpose(2, 0, 1)
+
+
+def _bottom(image: Image.Image, draws: npt.NDArray[np.float64], augment: Augment) -> int:
+    """Return the first row of an upright picture that no sample needs."""
+    if augment.crop != "random-resized":
+        return image.height
+    boxes = (random_resized_crop_box(u, image.height, image.width, augment.scale, augment.ratio) for u in draws)
+    return max((top + h for top, _, h, _ in boxes), default=0)
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _resize_exact(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    return np.asarray(_resize(Image.fromarray(pixels), size))
+
+
+def _resize_fast(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize [H, W, 3] as Pillow does, but for the rounding: torch's weights have fewer bits.
+
+    The channels-last uint8 code of torch runs in the calling thread alone, so the decoders cannot crowd each other out.
+    """
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]  # a copy: dense rows are faster, and writable
+    return F.interpolate(image, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def _jitter(image: Image.Image, u: Sequence[float] | npt.NDArray[np.float64], augment: Augment) -> Image.Image:
+    if augment.color_jitter:
+        for i, enhance in enumerate((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)):
+            factor = 1 + augment.color_jitter * (2 * float(u[JITTER + i]) - 1)
+            image = enhance(image).enhance(max(0.0, factor))
+    return image
+
+
+def _crop_resized(
+    image: Image.Image, u: Sequence[float] | npt.NDArray[np.float64], size: tuple[int, int], augment: Augment
+) -> Image.Image:
+    """Resize, then crop anywhere or at the centre."""
+    if augment.crop == "center":
+        return _center(image, size)
+    image, (height, width) = _resize_to_cover(image, size), size
+    top, left = int(u[0] * (image.height - height + 1)), int(u[1] * (image.width - width + 1))
+    return image.crop((left, top, left + width, top + height))
 
 
 def eval_image(image: Image.Image, size: tuple[int, int]) -> Pixels:
@@ -361,7 +493,7 @@ def _resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         shape = target_w, max(target_h, int(target_w * image.height / image.width))
     else:
         shape = max(target_w, int(target_h * image.width / image.height)), target_h
-    return image.resize(shape, Image.Resampling.BICUBIC)
+    return _resize(image, (shape[1], shape[0]))
 
 
 def _cut_strip(image: Image.Image) -> Image.Image:

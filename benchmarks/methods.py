@@ -192,9 +192,9 @@ def transformers(sizes: Sizes, *, best: bool) -> Method:
         layer_norm_eps=1e-6,
         mask_ratio=sizes.mask_ratio,
         norm_pix_loss=True,
-        attn_implementation="sdpa",
     )
     model = ViTMAEForPreTraining(config)
+    assert model.config._attn_implementation == "sdpa"  # its default
     side = sizes.image // sizes.patch
     for table_of in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         table_of.data.copy_(sincos_pos_embed(table_of.shape[-1], (side, side)))

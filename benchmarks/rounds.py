@@ -182,12 +182,14 @@ class Run:
 
     facts: dict[str, dict[str, Any]]
     rounds: list[dict[str, Reading]]
+    quiet: float = QUIET
+    """See `quiet_rounds`; 0 keeps everything."""
 
     @property
     def kept(self) -> list[dict[str, Reading]]:
         """The rounds during which the machine was quiet."""
         probes = [[reading.probe for reading in one.values()] for one in self.rounds]
-        return [one for one, quiet in zip(self.rounds, quiet_rounds(probes), strict=True) if quiet]
+        return [one for one, keep in zip(self.rounds, quiet_rounds(probes, self.quiet), strict=True) if keep]
 
     def values(self, name: str, measure: str = "wall") -> list[float]:
         """Return a measure of one variant over the kept rounds: a field of `Reading`, or a name in its `extra`."""
@@ -201,6 +203,7 @@ def run_rounds(
     rounds: int = 10,
     seconds: float = math.inf,
     warmup: int = 2,
+    quiet: float = QUIET,
     say: Callable[[str], None] = print,
 ) -> Run:
     """Run all variants side by side.
@@ -210,6 +213,7 @@ def run_rounds(
         rounds: how many at most.
         seconds: stop before a round that would probably end later than this after the first one began.
         warmup: units of work that are not measured, per variant.
+        quiet: see `quiet_rounds`; 0 keeps what a busy machine gave, for trials.
         say: receives a line of progress now and then.
 
     Raises:
@@ -237,8 +241,10 @@ def run_rounds(
             elapsed = time.monotonic() - begun
             if elapsed + elapsed / len(taken) > seconds:
                 break
-        say(f"{len(taken)} rounds in {time.monotonic() - begun:.0f} s")
-    return Run({name: worker.facts for name, worker in workers.items()}, taken)
+        run = Run({name: worker.facts for name, worker in workers.items()}, taken, quiet)
+        took, discarded = time.monotonic() - begun, len(taken) - len(run.kept)
+        say(f"{len(taken)} rounds in {took:.0f} s; {discarded} discarded: a probe below {quiet:.0%} of the best")
+    return run
 
 
 def call_apart(function: Callable[..., Any], **arguments: Any) -> Any:
@@ -420,6 +426,7 @@ def readings_record(run: Run) -> dict[str, Any]:
         "facts": run.facts,
         "rounds": len(run.rounds),
         "discarded": len(run.rounds) - len(run.kept),
+        "quiet": run.quiet,
         "readings": [{name: _rounded(asdict(reading)) for name, reading in one.items()} for one in run.rounds],
     }
 

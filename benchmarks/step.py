@@ -39,6 +39,7 @@ from methods import (
     step_flops,
 )
 from rounds import (
+    QUIET,
     Ratio,
     Run,
     Variant,
@@ -237,6 +238,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=math.inf, help="end the rounds after about this long")
+    parser.add_argument("--quiet", type=float, default=QUIET, help="discard rounds below this share of the best probe")
     parser.add_argument("--official", metavar="CHECKOUT", help="of facebookresearch/mae")
     parser.add_argument("--variants", nargs="*", default=[], metavar="NAME", help="default: all that can run")
     parser.add_argument("--out", type=Path, help="append the figures and all readings to this file, as JSON lines")
@@ -265,8 +267,9 @@ def main() -> None:
         for name in names
     }
     variants["gemm"] = Variant(build_gemm, {"device": device}, arguments.threads)
-    run = run_rounds(variants, rounds=arguments.rounds, seconds=arguments.seconds)
-    print(f"{len(run.rounds) - len(run.kept)} of {len(run.rounds)} rounds discarded: the machine was busy")
+    run = run_rounds(variants, rounds=arguments.rounds, seconds=arguments.seconds, quiet=arguments.quiet)
+    if not run.kept:
+        raise SystemExit("no round was quiet; try again on an idle machine, or --quiet 0 for a trial without meaning")
     summary = summarize(run, sizes, sizes.batch, measure)
     mine = next((name for name in names if name.startswith("ours")), names[0])
     ratios = {m: {k: v for k, v in compare(run, mine, m).items() if k != "gemm"} for m in (measure, "cpu")}

@@ -6,15 +6,21 @@ The only importer of tyro. A preset is a complete recipe; flags override single 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 import hf_mae
+from hf_mae.planning.hardware import Hardware
+from hf_mae.planning.plan import as_dict, make_run_plan
+from hf_mae.planning.report import published_report, report
 from hf_mae.recipes.base import Recipe
 from hf_mae.recipes.mae import PRESETS
 
@@ -23,6 +29,8 @@ USAGE = f"""hf-mae {hf_mae.__version__}: masked autoencoders for the Hugging Fac
   hf-mae pretrain [PRESET] [--group.field value ...]   pretrain, or continue the run in --out (default: quickstart)
   hf-mae pretrain --list                               every preset, with its source and what to expect
   hf-mae pretrain PRESET --help                        every field of a recipe, with the preset's values
+  hf-mae plan [PRESET] --gpu a100 --gpus 64 [...]      FLOPs, memory, hours, loader and disk of a run, by arithmetic
+  hf-mae plan --check                                  what published runs say of its assumptions
   hf-mae reconstruct MODEL IMAGE ... [--out FILE]      masked / predicted / pasted pictures of your images
 
 On several GPUs: accelerate launch --multi_gpu --num_processes N scripts/pretrain.py PRESET ...
@@ -35,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; exit 2 with one plain sentence if the user can mend it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
-    commands = {"pretrain": _pretrain, "reconstruct": _reconstruct}
+    commands = {"pretrain": _pretrain, "plan": _plan, "reconstruct": _reconstruct}
     if command in {"-h", "--help"}:
         sys.stdout.write(USAGE)
         return
@@ -62,20 +70,55 @@ def parse_recipe(presets: Mapping[str, Recipe], arguments: Sequence[str], *, def
     Raises:
         ValueError: no preset has that name; the nearest ones are listed.
     """
-    name, flags = default, list(arguments)
-    if flags and not flags[0].startswith("-"):
-        name = flags.pop(0)
-    if name not in presets:
-        raise ValueError(f"preset {name!r} is unknown; {_nearest(name, presets)} (--list prints all)")
-    preset = presets[name]
+    preset, flags = _choose_preset(presets, arguments, default)
     return tyro.cli(
         Recipe,
-        prog=f"hf-mae pretrain {name}",
+        prog=f"hf-mae pretrain {preset.name}",
         description=f"Source: {preset.source}. Expected: {preset.expected}.",
         default=preset,
         args=flags,
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """What `hf-mae plan` takes: the hardware and its assumptions, the form of the answer, and a whole recipe."""
+
+    hardware: Annotated[Hardware, tyro.conf.arg(name="")]
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the numbers as JSON."""
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print published runs, with the share of the peak that each implies, and nothing else."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+
+
+def parse_plan(presets: Mapping[str, Recipe], arguments: Sequence[str], *, default: str) -> PlanArguments:
+    """Return the preset named first in `arguments` (or `default`) and the hardware, with the flags after it applied.
+
+    Raises:
+        ValueError: no preset has that name; the nearest ones are listed.
+    """
+    preset, flags = _choose_preset(presets, arguments, default)
+    return tyro.cli(
+        PlanArguments,
+        prog=f"hf-mae plan {preset.name}",
+        description="FLOPs, memory, time, input and disk of a run, by arithmetic. Fields of the recipe are flags too.",
+        default=PlanArguments(hardware=Hardware(), recipe=preset),
+        args=flags,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _choose_preset(
+    presets: Mapping[str, Recipe], arguments: Sequence[str], default: str
+) -> tuple[Recipe, Sequence[str]]:
+    name, flags = default, list(arguments)
+    if flags and not flags[0].startswith("-"):
+        name = flags.pop(0)
+    if name not in presets:
+        raise ValueError(f"preset {name!r} is unknown; {_nearest(name, presets)} (--list prints all)")
+    return presets[name], flags
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
@@ -90,6 +133,15 @@ def _pretrain(arguments: Sequence[str]) -> None:
     from hf_mae.pretrain import pretrain  # torch and transformers take seconds: --help and --list need neither
 
     pretrain(recipe)
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    given = parse_plan(PRESETS, arguments, default="mae-vit-b")
+    if given.check:
+        sys.stdout.write(published_report())
+        return
+    plan = make_run_plan(given.recipe, given.hardware)
+    sys.stdout.write(json.dumps(as_dict(plan), indent=2) + "\n" if given.json else report(given.recipe, plan))
 
 
 def _reconstruct(arguments: Sequence[str]) -> None:

@@ -60,7 +60,8 @@ class Attention(nn.Module):
             [N, L - first, D], and the weights [N, heads, L - first, L] where the implementation has them.
         """
         N, L, D = tokens.shape
-        query, key, value = self.qkv(tokens).view(N, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(tokens).view(N, L, 3, self.num_heads, D // self.num_heads)
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         query = query[:, :, first:]
         implementation = self.config._attn_implementation or "sdpa"
         attend = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]

@@ -431,7 +431,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             [N, L, h * w * C], the kept patches first; [N, L - L_keep, h * w * C] with `removed_only`.
         """
         tokens = self.decoder_embed(latent)
-        cls_token, patches = tokens[:, :1], tokens[:, 1:]
+        cls_token, patches = tokens.split([1, tokens.shape[1] - 1], dim=1)
         if self.config.mask_tokens_in_encoder:
             patches = _gather(patches, masking.ids_shuffle)
         else:

@@ -268,10 +268,17 @@ def lightly(sizes: Sizes, *, best: bool) -> Method:
     return Method(model, model, adamw(model, fused=best, grouped=False))
 
 
-def ours(sizes: Sizes, *, keep_memory: bool = True, checkpoint: bool = False) -> Method:
-    """What `hf_mae.pretrain` trains."""
+def ours(
+    sizes: Sizes,
+    *,
+    keep_memory: bool = True,
+    checkpoint: bool = False,
+    wrap: Callable[[nn.Module], nn.Module] = lambda task: task,
+) -> Method:
+    """What `hf_mae.pretrain` trains; `wrap` may put the task into DDP."""
     from hf_mae import MAEConfig, MAEForPreTraining
     from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Optim
+    from hf_mae.training.memory import keep_freed_memory
     from hf_mae.training.optim import build_adamw
     from hf_mae.training.tasks import Pretraining
 
@@ -293,7 +300,7 @@ def ours(sizes: Sizes, *, keep_memory: bool = True, checkpoint: bool = False) ->
     model = MAEForPreTraining(config)
     if checkpoint:  # renamed after transformers 5.20; the old name warns
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    task = Pretraining(model, IMAGENET_MEAN, IMAGENET_STD)
+    task = wrap(Pretraining(model, IMAGENET_MEAN, IMAGENET_STD))
     optimizer = build_adamw(task, Optim(weight_decay=WEIGHT_DECAY, betas=BETAS))
     for group in optimizer.param_groups:
         group["lr"] = LR
@@ -304,20 +311,6 @@ def ours(sizes: Sizes, *, keep_memory: bool = True, checkpoint: bool = False) ->
         return task({"pixel_values": pixel_values, "noise": noise})["loss"]
 
     return Method(task, loss, optimizer, uint8=True)
-
-
-def keep_freed_memory() -> None:
-    """Tune glibc as a training run does: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD."""
-    try:
-        from hf_mae.training.memory import keep_freed_memory as keep
-    except ImportError:
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)
-        libc.mallopt(-1, 2**31 - 1)
-    else:
-        keep()
 
 
 def make_method(name: str, sizes: Sizes, checkout: str | None) -> Method:
@@ -371,7 +364,7 @@ def check_equal(names: Sequence[str], sizes: Sizes, checkout: str | None) -> dic
 
     pixels = make_pixels(sizes, 2)
     noise = torch.rand(2, sizes.patches, generator=torch.Generator().manual_seed(1))
-    mine = ours(sizes)
+    mine = ours(sizes, keep_memory=False)
     found = {}
     for name in names:
         torch.manual_seed(2)

@@ -2,8 +2,7 @@
 
 Each variant lives in a process of its own. The parent lets one at a time do one unit of work, in rounds: A B C, then
 C B A, and so on. Before each unit the same process multiplies two fixed float32 matrices. A round is discarded when
-that probe ran below 80 % of the best probe of the whole run in any of its processes: something else was on the machine.
-What is compared are the ratios within rounds. "Faster" and "slower" are said only when the interquartile range of the
+that probe ran below 80 % of its best in any of the processes: something else was on the machine. What is compared are the ratios within rounds. "Faster" and "slower" are said only when the interquartile range of the
 ratios excludes 1 and, since the range of ten readings does so by chance in one case of eight, when a sign test agrees.
 
 Used by the other scripts in this folder, as `from rounds import Variant, run_rounds, compare`.
@@ -128,14 +127,14 @@ def quiet_rounds(probes: Sequence[Sequence[float]], fraction: float = QUIET) -> 
     """Tell which rounds to keep.
 
     Args:
-        probes: rates of the probe, one per variant in each round; higher is better.
-        fraction: of the best rate of all.
+        probes: rates of the probe, one per variant in each round and in one order; higher is better.
+        fraction: of the best rate of the same variant, since variants may have different numbers of threads.
 
     Returns:
-        One boolean per round: True if none of its probes is below the limit.
+        One boolean per round: True if none of its probes is below its limit.
     """
-    best = max((rate for rates in probes for rate in rates), default=0.0)
-    return [min(rates) >= fraction * best for rates in probes]
+    best = [max(rates) for rates in zip(*probes, strict=True)]
+    return [all(rate >= fraction * top for rate, top in zip(rates, best, strict=True)) for rates in probes]
 
 
 # ------------------------------------------------------------------------------------------------ running

@@ -231,7 +231,7 @@ def choose_variants(asked: Sequence[str], checkout: str | None, say: Callable[[s
     return [name for name in names if not name.startswith(tuple(missing))]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=CONFIGS, default="small")
     parser.add_argument("--batch", type=int, help="images per step; default: 64 for small, 4 for vit-b")
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=[], metavar="NAME", help="default: all that can run")
     parser.add_argument("--out", type=Path, help="append the figures and all readings to this file, as JSON lines")
     parser.add_argument("--gpu", action="store_true", help="CUDA, bf16 autocast, timed by CUDA events")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     sizes = CONFIGS[arguments.config]
     sizes = replace(sizes, batch=arguments.batch or sizes.batch)
     checkout = str(Path(arguments.official).expanduser().resolve()) if arguments.official else None

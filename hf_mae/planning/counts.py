@@ -46,8 +46,10 @@ class BlockShape:
         """
         n, m, D, item = self.tokens, self.outputs, self.width, item_size(precision)
         residual = (4 * D + 8) * (n + m)
-        products = item * (D * (n + 3 * n + m + m) + 2 * m * self.hidden)
-        weights = 4 if attention == "sdpa" else n * (4 if item == 4 else 4 + item)
+        qkv, weights = 3 * n * D, 4
+        if attention == "eager":  # copies its operands, so unread queries are dropped
+            qkv, weights = (m + 2 * n) * D, n * (4 if item == 4 else 4 + item)
+        products = item * (n * D + qkv + 2 * m * D + 2 * m * self.hidden)
         return residual + products + self.heads * m * weights
 
 
@@ -236,8 +238,13 @@ def activation_bytes(
     )
     ends = [(s.encoder[0].tokens, model.hidden_size), (s.predicted, model.decoder_hidden_size)]
     norms = sum(tokens * (4 * width + 8 + item * width) for tokens, width in ends)  # norm, then a linear layer
-    pixels = s.embedded * s.patch_dim * item + s.embedded * model.mask_tokens_in_encoder
-    return blocks + norms + pixels + 2 * 4 * (s.removed if shortcuts else s.patches) * s.patch_dim  # pred, target
+    pixels = s.embedded * s.patch_dim * item
+    order = 8 * s.patches * (model.mask_tokens_in_encoder or model.pos_embed == "learned")
+    if model.mask_tokens_in_encoder:  # which tokens are masked, and the decoder's tokens before they are shuffled
+        order += s.patches + s.encoder[0].tokens * model.decoder_hidden_size * item
+    return (
+        blocks + norms + pixels + order + 2 * 4 * (s.removed if shortcuts else s.patches) * s.patch_dim
+    )  # pred, target
 
 
 def working_bytes(

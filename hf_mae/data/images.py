@@ -285,7 +285,7 @@ def _decode_plain_jpeg(image: Image.Image, data: bytes | memoryview, bottom: int
     encoded: memoryview | bytearray = memoryview(data).cast("B")
     header = bytes(encoded[: image.fp.tell()])  # to the end of the first scan's header, where Pillow's reader stopped
     frame = struct.pack(">HBHHB", 8 + 3 * layers, 8, height, width, layers)
-    at = header.find(frame)
+    at = header.rfind(frame)  # the last: a preview in the metadata may have the same
     if at < 2 or header[at - 2 : at] not in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"):
         return None
     # Where all the picture is in one scan without restart markers, a header of fewer rows makes libjpeg stop early. It
@@ -293,8 +293,7 @@ def _decode_plain_jpeg(image: Image.Image, data: bytes | memoryview, bottom: int
     # would have come to the same marker, so it has nothing else to complain of either. One more block of rows is
     # decoded, because the last rows of a block take chroma from the next.
     rows = min(height, (bottom // 16 + 1) * 16)
-    scan = b"\xff\xda" + struct.pack(">HB", 6 + 2 * layers, layers)
-    if header[at - 1] == 0xC2 or b"\xff\xdd" in header or scan != header[-8 - 2 * layers :][:5]:
+    if header[at - 1] == 0xC2 or b"\xff\xdd" in header:  # progressive, restarts: here it would find other markers
         rows = height
     if rows < height:
         encoded = bytearray(encoded)

@@ -440,6 +440,22 @@ def test_most_real_jpegs_take_the_short_way_and_leave_rows(shared, monkeypatch):
     assert sum(rows) < 0.95 * sum(heights)
 
 
+@pytest.mark.parametrize("kind", ["4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "odd size", "RGB inside", "grey"])
+def test_rows_that_are_left_out_change_none_before_them(kind):
+    data = JPEGS[kind]
+    header, full = images_module._open(data, 10**6), np.asarray(decode_image(data))
+    for bottom in range(1, len(full) + 1):
+        pixels = images_module._decode_plain_jpeg(header, data, bottom)
+        assert bottom <= len(pixels) <= min(bottom + 16, len(full))
+        assert np.array_equal(pixels[:bottom], full[:bottom])
+
+
+@pytest.mark.parametrize("kind", ["progressive", "restarts", "with a preview", "two in one"])
+def test_plain_jpegs_of_all_kinds_are_decoded_once(kind, monkeypatch):
+    monkeypatch.setattr(images_module, "_load", lambda image, channels: pytest.fail("Pillow decoded it too"))
+    samples(JPEGS[kind], np.zeros((1, NUM_UNIFORMS)))  # the smallest crop, at the top
+
+
 def test_errors_over_hostile_files_are_those_of_pillow(manifest):
     folder, entries = manifest
     for entry in entries:

@@ -2,8 +2,9 @@
 
 Each variant lives in a process of its own. The parent lets one at a time do one unit of work, in rounds: A B C, then
 C B A, and so on. Before each unit the same process multiplies two fixed float32 matrices. A round is discarded when
-that probe ran below 80 % of its best in any of the processes: something else was on the machine. What is compared are the ratios within rounds. "Faster" and "slower" are said only when the interquartile range of the
-ratios excludes 1 and, since the range of ten readings does so by chance in one case of eight, when a sign test agrees.
+that probe ran below 80 % of its best in any of the processes: something else was on the machine. What is compared are
+the ratios within rounds. "Faster" and "slower" are said only when the interquartile range of the ratios excludes 1 and,
+since the range of ten readings does so by chance in one case of eight, when a sign test agrees.
 
 Used by the other scripts in this folder, as `from rounds import Variant, run_rounds, compare`.
 """

@@ -220,15 +220,24 @@ def choose_variants(asked: Sequence[str], checkout: str | None, say: Callable[[s
         raise SystemExit(
             f"--variants {' '.join(sorted(unknown))}: unknown; choose from {' '.join((*PEERS, *OUR_NAMES))}"
         )
-    missing = {"lightly": "pip install lightly"} if importlib.util.find_spec("lightly") is None else {}
-    if checkout is None:
-        missing["official"] = "--official CHECKOUT of github.com/facebookresearch/mae"
-    if importlib.util.find_spec("timm") is None:
-        missing |= dict.fromkeys(("official", "lightly"), "pip install timm")
-    for family, remedy in missing.items():
-        if any(name.startswith(family) for name in names):
-            say(f"without {family}: needs {remedy}")
+    needs = {
+        "official": {
+            "--official CHECKOUT of github.com/facebookresearch/mae": checkout,
+            "pip install timm": has("timm"),
+        },
+        "lightly": {"pip install lightly": has("lightly"), "pip install timm": has("timm")},
+    }
+    missing = {family: [r for r, there in remedies.items() if not there] for family, remedies in needs.items()}
+    for family, remedies in missing.items():
+        if remedies and any(name.startswith(family) for name in names):
+            say(f"without {family}: needs {', '.join(remedies)}")
+    missing = {family for family, remedies in missing.items() if remedies}
     return [name for name in names if not name.startswith(tuple(missing))]
+
+
+def has(package: str) -> bool:
+    """Return whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

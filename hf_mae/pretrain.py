@@ -36,11 +36,13 @@ from hf_mae.training.checkpoint import (
 )
 from hf_mae.training.distributed import describe_world, gather_objects, make_accelerator
 from hf_mae.training.loop import fit
+from hf_mae.training.memory import keep_freed_memory, largest_micro_batch
 from hf_mae.training.monitors import Clock, Monitor, Printer, Window, read_rows
 from hf_mae.training.optim import MovingAverage, build_adamw
 from hf_mae.training.run_folder import (
     choose_micro_batch,
     find_start,
+    last_micro_batch,
     open_run_folder,
     record_start,
     require_same_on_all_ranks,
@@ -73,7 +75,9 @@ def pretrain(recipe: Recipe) -> Path:
     config = MAEConfig(**asdict(recipe.model))
     accelerator = make_accelerator(recipe.engine)
     say = Printer(accelerator.is_main_process)
-    choose_micro_batch(recipe, accelerator.num_processes)
+    choose_micro_batch(recipe, accelerator.num_processes)  # refuses what does not divide
+    if recipe.engine.keep_freed_memory:
+        keep_freed_memory()
     say(f"hf_mae: {recipe.name}, {describe_world(accelerator)}")
     with open_run_folder(recipe, accelerator) as out:
         _run(recipe, config, out, accelerator, say)
@@ -105,7 +109,7 @@ def _run(recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator,
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if recipe.engine.compile:
         for block in [*model.blocks, *model.decoder_blocks]:
-            block.compile()  # in place, so that parameter names stay
+            block.compile(fullgraph=True, dynamic=False)  # in place, so that parameter names stay
     task: nn.Module = Pretraining(model, recipe.augment.mean, recipe.augment.std)
     optimizer: Any = build_adamw(task, recipe.optim)
     task, optimizer = accelerator.prepare(task, optimizer)
@@ -125,16 +129,24 @@ def _run(recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator,
             accelerator.scaler.load_state_dict(state.scaler)
         say(f"resuming at step {state.step} of {plan.total_steps} from {resume_from} ({clock.lap():.1f} s)")
     require_same_on_all_ranks({"recipe": to_dict(recipe), "data": data_state, "step": state.step}, accelerator)
+    share = recipe.global_batch // world
+    micro_batch = choose_micro_batch(recipe, world, measured=last_micro_batch(out, share, accelerator))
     if state.step >= plan.total_steps:
-        record_start(out, recipe, accelerator, state, data_state, say)
+        record_start(out, recipe, accelerator, state, data_state, micro_batch, say)
         say(f"this run is finished ({state.step} updates); nothing to do. Another --out starts anew")
         return
+    if recipe.micro_batch == "auto" and not state.step:
+        zeros = torch.zeros(4, config.num_channels, *height_width(config.image_size), dtype=torch.uint8)
+        noise = MaskNoise(config, recipe.seed)(np.zeros(4, np.int64), np.arange(4))["noise"]
+        micro_batch = largest_micro_batch(
+            inner, lambda n: {"pixel_values": zeros[:n], "noise": noise[:n]}, share, accelerator
+        )
+        say(f"micro_batch=auto: {micro_batch} images fit into memory")
     evaluators, examples = _evaluators(recipe, config, source, out, accelerator, say)
     if state.trivial_loss is None:
         state.trivial_loss = inner.trivial_loss(examples.to(accelerator.device))
-    record_start(out, recipe, accelerator, state, data_state, say)
+    record_start(out, recipe, accelerator, state, data_state, micro_batch, say)
 
-    micro_batch = choose_micro_batch(recipe, world)
     if micro_batch < min(16, recipe.global_batch // world):
         say(f"warning: micro-batches of {micro_batch} are slow; a global batch with more divisors makes larger ones")
     parameters = sum(p.numel() for p in model.parameters())

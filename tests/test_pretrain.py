@@ -261,3 +261,20 @@ def test_bf16_checkpointed_activations_and_averages_train_and_resume(recipe):
     shutil.rmtree(out / "checkpoints" / "step_00000012")
     pretrain(half)
     assert clockless(out) == expected
+
+
+def test_an_automatic_micro_batch_is_kept_when_the_run_goes_on(recipe, monkeypatch, capsys):
+    found = iter([16, 64])
+    monkeypatch.setattr("hf_mae.pretrain.largest_micro_batch", lambda *a: next(found))
+    stop = replace(recipe, micro_batch="auto")
+    out = pretrain(stop)
+    shutil.rmtree(out / "checkpoints" / "step_00000012")
+    pretrain(stop)
+    starts = json.loads((out / "environment.json").read_text())["starts"]
+    assert [s["micro_batch"] for s in starts] == [16, 16]
+    assert "micro_batch=auto: 16 images fit" in capsys.readouterr().err
+
+
+def test_an_automatic_micro_batch_trains(recipe):
+    out = pretrain(replace(recipe, micro_batch="auto"))
+    assert json.loads((out / "environment.json").read_text())["starts"][0]["micro_batch"] == 64

@@ -33,12 +33,16 @@ def make_accelerator(engine: Engine) -> Accelerator:
             `engine.expect_processes` says. Without this check two processes would each believe to be alone and write
             one run folder.
     """
+    if engine.tf32 and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
     accelerator = Accelerator(
         # Without a GPU, Accelerate joins the launched processes only when told to use the CPU.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=engine.precision,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+            # Not static_graph: it fails when the first micro-batch runs without synchronisation (torch 2.14), and every
+            # parameter takes part in every loss anyway.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )

@@ -107,11 +107,13 @@ def fit(
 
     def evaluate() -> None:
         rows = {}
-        for evaluator in evaluators:
-            if evaluator.due(state.step, plan.total_steps):
-                task.eval()
-                rows |= evaluator(task, state.step)
-                task.train()
+        # Other shapes than a step's: blocks compiled for the step are run as they are written.
+        with torch.compiler.set_stance("force_eager"):
+            for evaluator in evaluators:
+                if evaluator.due(state.step, plan.total_steps):
+                    task.eval()
+                    rows |= evaluator(task, state.step)
+                    task.train()
         if rows:
             monitor.evaluated(_position(state, plan) | rows)
 
@@ -199,6 +201,8 @@ def _position(state: TrainState, plan: Plan) -> dict[str, Any]:
 
 
 def _to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    if device.type == "cuda":  # only a copy from pinned memory returns before it is done
+        tensors = {name: t if t.is_pinned() else t.pin_memory() for name, t in tensors.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 

@@ -152,6 +152,7 @@ def record_start(
     accelerator: Accelerator,
     state: TrainState,
     data_state: Mapping[str, Any],
+    micro_batch: int,
     say: Printer,
 ) -> None:
     """Append this start to environment.json: versions, machine, launch, data. The first also writes recipe.json."""
@@ -162,7 +163,7 @@ def record_start(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "step": state.step,
         "processes": accelerator.num_processes,
-        "micro_batch": choose_micro_batch(recipe, accelerator.num_processes),
+        "micro_batch": micro_batch,
         "pids": pids,
         "distributed_type": str(accelerator.distributed_type),
         "device": str(accelerator.device),
@@ -201,8 +202,13 @@ def require_same_on_all_ranks(values: Mapping[str, Any], accelerator: Accelerato
             )
 
 
-def choose_micro_batch(recipe: Recipe, processes: int) -> int:
+def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None = None) -> int:
     """Return the images per process and forward pass.
+
+    Args:
+        recipe: with the global batch and the wish.
+        processes: that share the global batch.
+        measured: what `auto` stands for, once it is known; until then it counts as not given.
 
     Raises:
         ValueError: the global batch does not divide evenly.
@@ -217,6 +223,7 @@ def choose_micro_batch(recipe: Recipe, processes: int) -> int:
             f"{' or '.join(str(b) for b in (below, below + processes) if b)}"
         )
     share = batch // processes
+    micro = measured if micro == "auto" else micro
     if micro is None:
         return max(d for d in range(1, min(share, MAX_MICRO_BATCH) + 1) if share % d == 0)
     if micro < 1 or share % micro:
@@ -227,3 +234,12 @@ def choose_micro_batch(recipe: Recipe, processes: int) -> int:
             f"{' or '.join(map(str, sorted(nearest)))}"
         )
     return micro
+
+
+def last_micro_batch(out: Path, share: int, accelerator: Accelerator) -> int | None:
+    """Return the micro-batch of the run's last start, if it divides `share`: a resumed run then keeps its bits."""
+    found = None
+    if accelerator.is_main_process and (path := out / "environment.json").exists():
+        found = json.loads(path.read_text())["starts"][-1]["micro_batch"]
+    found = gather_objects(found, accelerator)[0]
+    return found if found is not None and share % found == 0 else None

@@ -124,6 +124,7 @@ class ToyRun:
     ema: bool = False
     batches: Any = None
     evaluators: tuple[Any, ...] = ()
+    compile_backend: Any = None
     make_accelerator: Any = cpu_accelerator
     interrupt = staticmethod(interrupt)
 
@@ -136,7 +137,10 @@ class ToyRun:
         rank, world = accelerator.process_index, accelerator.num_processes
         plan = make_plan(self.recipe, steps_per_epoch=5)
         torch.manual_seed(0)
-        task = Pretraining(MAEForPreTraining(MAEConfig(**CONFIG)), (0.5,) * 3, (0.5,) * 3)
+        model = MAEForPreTraining(MAEConfig(**CONFIG))
+        for block in [*model.blocks, *model.decoder_blocks] if self.compile_backend is not None else []:
+            block.compile(fullgraph=True, dynamic=False, backend=self.compile_backend)
+        task = Pretraining(model, (0.5,) * 3, (0.5,) * 3)
         task, optimizer = accelerator.prepare(task, build_adamw(task, self.recipe.optim))
         average = MovingAverage(task, 0.9) if self.ema else None
         state, window = TrainState(trivial_loss=1.0), Window(torch.device("cpu"))

@@ -91,15 +91,48 @@ class CountSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_step_waits_for_a_number_outside_log_and_save_steps(toy):
-    """Each `.item()` would stall a GPU; with one log step at the end only that one may read numbers."""
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_no_step_waits_for_a_number_outside_log_and_save_steps(toy, monkeypatch, clip):
+    """Each `.item()` or copy to the host would stall a GPU; only the one log step at the end may read numbers."""
+    calls = []
+    for name in ("cpu", "numpy", "tolist", "__array__"):
+        there = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, there=there, name=name: calls.append(name) or there(self, *a)
+        )
     counts = []
     for steps in (5, 20):
         run = replace(toy, out=toy.out.with_name(f"run{steps}")).change(max_steps=steps, log_every=0, save_every=0)
+        calls.clear()
         with CountSyncs() as counter:
-            run.train()
-        counts.append(counter.items)
+            run.change(optim=Optim(clip_grad=clip)).train()
+        counts.append(counter.items + len(calls))
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at it (torch 2.14)
+def test_blocks_compiled_one_by_one_have_no_breaks_and_few_graphs(toy):
+    """Regional compilation: one graph each for encoder, decoder and last decoder block; evaluations stay eager."""
+    graphs, seen = [], []
+
+    def count(graph_module, _):
+        graphs.append(graph_module)
+        return graph_module
+
+    class Evaluate(Counting):
+        def __call__(self, task, step):
+            with torch.no_grad():
+                seen.append(task.features(torch.zeros(1 + step, 3, 16, 16, dtype=torch.uint8)).shape[0])
+            return super().__call__(task, step)
+
+    expected = replace(toy, out=toy.out.with_name("eager"))
+    expected.train()
+    torch._dynamo.reset()
+    run = replace(toy, compile_backend=count, evaluators=(Evaluate(),))
+    run.train()
+    assert len(graphs) == 2  # one decoder block, which is the last; encoder blocks share theirs
+    assert len(seen) > 2
+    assert [r["loss"] for r in rows(run) if "loss" in r] == pytest.approx([r["loss"] for r in rows(expected)], rel=1e-5)
 
 
 def test_verdict_is_plain_in_both_directions(toy):

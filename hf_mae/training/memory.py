@@ -1,0 +1,117 @@
+"""Memory of a training process: what the allocator keeps, and how many images fit."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_mae.training.distributed import gather_objects
+
+# From glibc's malloc.h: parameters of mallopt.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+
+GPU_SHARE, CPU_SHARE = 0.9, 0.8
+"""Parts of the free memory that a micro-batch may fill: the rest is for fragments, buckets and other programs."""
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what is freed, up to 2 GiB: a step then finds its memory instead of faulting in every page.
+
+    By default glibc maps every large block anew and gives it back to the system when it is freed: each step on a CPU
+    then pays for zeroed pages (5 to 11 % of a step, benchmarks/README.md). Holds for the whole process, from now on.
+
+    Returns:
+        Whether it took effect; False where the C library is not glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1)) and bool(mallopt(M_MMAP_THRESHOLD, 2**30))
+
+
+def largest_micro_batch(
+    task: nn.Module, sample: Callable[[int], dict[str, Tensor]], share: int, accelerator: Accelerator
+) -> int:
+    """Return the largest divisor of `share` whose forward and backward pass fits into memory, the same on all ranks.
+
+    Memory is measured with one, two and four images and grows in a straight line from there, so nothing is provoked to
+    fail, which would leave the other ranks of a sharded model waiting. On a GPU its peak counts, on a CPU what autograd
+    saves for the backward pass. Gradients are dropped again and no random numbers are drawn. A collective: call it on
+    all ranks.
+
+    Args:
+        task: as prepared, but without the wrapper of DDP.
+        sample: makes a batch of n images.
+        share: images that a process takes of a global batch.
+        accelerator: carries device, precision and ranks.
+
+    Raises:
+        RuntimeError: not even one image fits, or the device's memory cannot be asked for.
+    """
+    sizes = [n for n in (1, 2, 4) if n <= share]
+    needs = [_measure(task, sample(n), accelerator) for n in sizes]
+    per_image = (needs[-1] - needs[0]) / max(1, sizes[-1] - sizes[0])
+    # AdamW's two moments come with the first update.
+    fixed = needs[0] - per_image * sizes[0] + sum(2 * p.numel() * p.element_size() for p in _local(task))
+    budget = _budget(accelerator.device)
+    fitting = [d for d in range(1, share + 1) if share % d == 0 and fixed + per_image * d <= budget]
+    chosen = min(gather_objects(max(fitting, default=0), accelerator))
+    if chosen == 0:
+        raise RuntimeError(
+            f"micro_batch=auto: one image needs {(fixed + per_image) / 1e9:.1f} GB and {budget / 1e9:.1f} GB may be "
+            "used; use --engine.checkpoint-activations, --engine.precision bf16, FSDP, or a smaller model"
+        )
+    return chosen
+
+
+def _local(task: nn.Module) -> list[Tensor]:
+    """Return what this rank holds of the parameters that are trained."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in task.parameters() if p.requires_grad]
+
+
+def _measure(task: nn.Module, batch: dict[str, Tensor], accelerator: Accelerator) -> float:
+    """Return the bytes that a forward and a backward pass hold at most; on GPUs everything held is counted."""
+    device = accelerator.device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), accelerator.autocast():
+        loss = task(batch)["loss"]
+    loss.backward()
+    gradients = sum(p.numel() * p.element_size() for p in _local(task))
+    task.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    for parameter in _local(task):
+        seen.pop(parameter.untyped_storage().data_ptr(), None)
+    return float(sum(seen.values()) + gradients)
+
+
+def _budget(device: torch.device) -> float:
+    """Return the bytes that may be used: on a GPU of all that is not another program's, on a CPU of what is free."""
+    if device.type == "cuda":
+        return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError as error:
+        raise RuntimeError(
+            f"micro_batch=auto cannot ask for the free memory of {device.type} here; give a number: --micro-batch 64"
+        ) from error
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))  # in KiB
+    return CPU_SHARE * 1024 * free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -136,6 +136,9 @@ def _pretrain(arguments: Sequence[str]) -> None:
 
 
 def _plan(arguments: Sequence[str]) -> None:
+    if "--list" in arguments:
+        sys.stdout.write(list_presets(PRESETS))
+        return
     given = parse_plan(PRESETS, arguments, default="mae-vit-b")
     if given.check:
         sys.stdout.write(published_report())

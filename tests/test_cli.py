@@ -67,7 +67,7 @@ def test_mistakes_end_with_one_sentence(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["pretrain", "--list"], ["plan"], ["plan", "--check"]]
+    "arguments", [["--help"], ["--version"], ["pretrain", "--list"], ["plan", "--list"], ["plan"], ["plan", "--check"]]
 )
 def test_the_command_answers_without_torch(arguments):
     code = f"""

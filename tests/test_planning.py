@@ -282,6 +282,12 @@ def test_checkpoint_sizes_are_those_of_the_tensors():
     assert plan.checkpoint_optimizer == sum(2 * p.numel() * 4 for p in real.parameters())
 
 
+def test_gradients_go_round_a_ring():
+    """Each rank sends (n - 1) / n of the gradients twice: once to add them up, once to hand the sums round."""
+    alone, two = make_run_plan(RECIPE, Hardware(gpus=1)), make_run_plan(RECIPE, Hardware(gpus=2))
+    assert (alone.gradient_traffic, two.gradient_traffic) == (0, 4 * two.parameters.trained)
+
+
 def test_precision_is_the_recipes_when_it_names_one():
     def planned(gpu, precision="best", **engine):
         recipe = replace(RECIPE, engine=replace(RECIPE.engine, **engine))

@@ -377,7 +377,7 @@ def _assumptions(
         )
     yield (
         "MFU",
-        f"{hardware.mfu:.0%} of the peak",
+        f"{100 * hardware.mfu:.3g}% of the peak",
         "ours: published runs reach 10 to 12 %, the best at most 37 % (--check); no GPU was measured by us"
         if hardware.mfu == Hardware.mfu
         else "--mfu",
@@ -393,7 +393,7 @@ def _assumptions(
     yield (
         "activations",
         f"{hardware.attention} attention",
-        "counted; as torch's saved tensors, within 1 % (tests); fused kernels may keep less",
+        "counted; torch's saved tensors within 2 % (tests); fused kernels may keep less",
     )
     yield "working memory", "one block more", "ours: gradients in flight, and a block recomputed; not measured on a GPU"
     yield (

@@ -75,8 +75,8 @@ def _head(plan: RunPlan) -> str:
     return (
         f"{plan.preset} on {plan.gpus} x {plan.gpu}: {plan.peak_tflops:g} TFLOP/s{memory} each\n"
         f"  planned in {precision}\n"
-        f"  {_hours(plan.rate.hours)}, {_short(plan.rate.gpu_hours)} GPU-hours at {plan.rate.mfu:.0%} of the peak, "
-        "if the loader keeps up\n"
+        f"  {_hours(plan.rate.hours)}, {_short(plan.rate.gpu_hours)} GPU-hours at {100 * plan.rate.mfu:.3g}% of the "
+        "peak, if the loader keeps up\n"
         "  Arithmetic, not a measurement: see the assumptions at the end, and --check for published runs.\n"
         + (TOO_SMALL if plan.too_small else "")
     )
@@ -141,7 +141,7 @@ def _time(recipe: Recipe, plan: RunPlan) -> str:
     for rate in plan.rates:
         rows.append(
             (
-                f"  {rate.mfu:.0%}{' *' if rate.mfu == plan.rate.mfu else ''}",
+                f"  {100 * rate.mfu:.3g}%{' *' if rate.mfu == plan.rate.mfu else ''}",
                 _short(rate.images_per_second_per_gpu),
                 _short(rate.images_per_second),
                 _hours(rate.hours),

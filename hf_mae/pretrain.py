@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,9 @@ from hf_mae.training.tasks import Pretraining
 BASELINE_IMAGES = 256
 """Training images that the mean-patch baseline is measured on."""
 
+WAITING_IS_LONG = 0.1
+"""Share of a run's time spent waiting for data from which on the run says what would help."""
+
 RANKME_IMAGES = 2000
 """Training images for RankMe where no kNN needs more: above the width of any preset, which bounds the rank."""
 
@@ -96,9 +100,10 @@ def _run(recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator,
     source = open_source(data)
     say(source.summary())
     rows, world = int(source.sizes.sum()), accelerator.num_processes
-    plan = make_plan(recipe, steps_per_epoch=steps_per_epoch(rows, recipe.global_batch, recipe.data.remainder))
+    images = recipe.global_batch // data.repeats  # different ones in a global batch
+    plan = make_plan(recipe, steps_per_epoch=steps_per_epoch(rows, images, data.remainder))
     order = Order(source.sizes, recipe.seed, *choose_lanes_and_window(source.sizes, source.bytes_per_row, recipe.data))
-    data_state = loader_state(source, order, recipe.global_batch, recipe.data.remainder)
+    data_state = loader_state(source, order, recipe.global_batch, data.remainder, data.repeats)
     data_state["revision"] = source.revision
 
     # What is trained.
@@ -198,6 +203,9 @@ def _run(recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator,
             worker_kind=recipe.data.workers,
             max_bad_fraction=recipe.data.max_bad_fraction,
             max_pixels=recipe.data.max_pixels,
+            decoder=recipe.data.decoder,
+            repeats=recipe.data.repeats,
+            pin_memory=accelerator.device.type == "cuda",
             extras=MaskNoise(config, recipe.seed),
         ) as loader,
         StopSignal(world) as stop,
@@ -323,6 +331,8 @@ def _report(recipe: Recipe, out: Path, verdict: str, say: Printer) -> None:
     """Say what came out, and what to do next."""
     say(verdict)
     rows = read_rows(out / "metrics.jsonl")
+    if advice := data_advice(recipe, rows):
+        say(advice)
     for name, title in (("knn_accuracy", "kNN accuracy"), ("probe_accuracy", "logistic probe"), ("rankme", "RankMe")):
         values = [(row["step"], row[name]) for row in rows if name in row]
         if values and values[0][0] == 0:
@@ -334,6 +344,21 @@ def _report(recipe: Recipe, out: Path, verdict: str, say: Printer) -> None:
         say(f'model: {whole[-1] / "model"}, load it with hf_mae.MAEModel.from_pretrained("{whole[-1] / "model"}")')
     if recipe.data.path == "digits":
         say("next, on your own images: hf-mae pretrain mae-vit-s --data.path DIR_OR_HUB_ID --global-batch 256")
+
+
+def data_advice(recipe: Recipe, rows: list[dict[str, Any]]) -> str | None:
+    """Return what to do about a run that waited for its data for more than a tenth of the time; None if it did not."""
+    shares = [row["waiting_share"] for row in rows if "waiting_share" in row]
+    waited = sum(shares) / len(shares) if shares else 0.0
+    if waited < WAITING_IS_LONG:
+        return None
+    ways: list[str] = []
+    if (cores := len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0) > recipe.num_workers:
+        ways.append(f"--num-workers {cores} (the cores this process may use)")
+    if recipe.data.decoder == "exact":
+        ways.append("--data.decoder fast (the same crops, pixels that differ by rounding)")
+    ways.append(f"--data.repeats {2 * recipe.data.repeats} (more samples of each image: changes training)")
+    return f"waited for data {waited:.0%} of the time; try {', or '.join(ways)}"
 
 
 def reconstruct_files(name: str, files: list[Path], out: Path, *, seed: int = 0) -> None:

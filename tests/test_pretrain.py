@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
 from hf_mae.cli import main
-from hf_mae.pretrain import MaskNoise, pretrain
+from hf_mae.pretrain import MaskNoise, data_advice, pretrain
 from hf_mae.recipes.base import Data, Evals
 from hf_mae.recipes.mae import QUICKSTART
 
@@ -278,3 +278,30 @@ def test_an_automatic_micro_batch_is_kept_when_the_run_goes_on(recipe, monkeypat
 def test_an_automatic_micro_batch_trains(recipe):
     out = pretrain(replace(recipe, micro_batch="auto"))
     assert json.loads((out / "environment.json").read_text())["starts"][0]["micro_batch"] == 64
+
+
+def test_repeated_samples_train_and_resume_to_the_same_bits(recipe, tmp_path):
+    recipe = replace(recipe, num_workers=2, data=replace(recipe.data, repeats=2))
+    out = pretrain(recipe)
+    assert rows(out)[-1]["epoch"] == pytest.approx(12 * 32 / 1437, abs=1e-4)  # 32 images an update make 64 samples
+    other = replace(recipe, out=str(tmp_path / "other"), resume=str(out / "checkpoints" / "step_00000006"))
+    resumed = pretrain(other)
+    for name in ("model/model.safetensors", "training_state/optimizer.safetensors"):
+        there, here = (f / "checkpoints" / "step_00000012" / name for f in (out, resumed))
+        assert there.read_bytes() == here.read_bytes()
+    with pytest.raises(ValueError, match=r"data\.repeats was 2, is 4"):
+        pretrain(replace(recipe, data=replace(recipe.data, repeats=4)))
+
+
+def test_a_batch_that_repeats_do_not_divide_is_refused_before_data_is_opened(recipe):
+    with pytest.raises(ValueError, match=r"global_batch=64 is not a multiple of data\.repeats=3"):
+        pretrain(replace(recipe, data=replace(recipe.data, repeats=3, path="nowhere")))
+
+
+def test_a_run_that_waits_for_data_says_what_helps(recipe):
+    waiting = [{"step": 5, "waiting_share": 0.5}, {"step": 10, "waiting_share": 0.3}, {"step": 10, "rankme": 3.0}]
+    advice = data_advice(recipe, waiting)
+    assert advice.startswith("waited for data 40% of the time; try ")
+    assert "--data.decoder fast" in advice
+    assert "--data.decoder" not in data_advice(replace(recipe, data=Data(decoder="fast")), waiting)
+    assert data_advice(recipe, [{"waiting_share": 0.05}]) is None

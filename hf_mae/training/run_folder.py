@@ -222,7 +222,12 @@ def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None =
             f"global_batch={batch} is not divisible by {processes} processes; use "
             f"{' or '.join(str(b) for b in (below, below + processes) if b)}"
         )
-    share = batch // processes
+    share, repeats = batch // processes, recipe.data.repeats
+    if share % repeats:
+        raise ValueError(
+            f"global_batch={batch} gives each of {processes} processes {share} samples, not a multiple of "
+            f"data.repeats={repeats}; use a multiple of {processes * repeats}"
+        )
     micro = measured if micro == "auto" else micro
     if micro is None:
         return max(d for d in range(1, min(share, MAX_MICRO_BATCH) + 1) if share % d == 0)

@@ -53,8 +53,8 @@ from rounds import (
     Run,
     Variant,
     Work,
-    compare,
     describe_machine,
+    paired_ratio,
     readings_record,
     run_rounds,
     table,
@@ -256,14 +256,14 @@ def transforms(arguments: argparse.Namespace, hands: int) -> tuple[Run, dict[str
     for label in variants:
         speed = {m: arguments.chunk / statistics.median(run.values(label, field)) for m, field in measure.items()}
         found = {
-            "over_official_cpu": compare(run, label, "cpu").get(BASE),
-            "over_official_wall": compare(run, label, "core_seconds").get(BASE),
-            "over_decode_cpu": compare(run, label, "cpu").get(CEILING),
+            "over_official_cpu": paired_ratio(run.values(BASE, "cpu"), run.values(label, "cpu")),
+            "over_official_wall": paired_ratio(run.values(BASE, "core_seconds"), run.values(label, "core_seconds")),
+            "over_decode_cpu": paired_ratio(run.values(CEILING, "cpu"), run.values(label, "cpu")),
         }
-        cells = ["1" if ratio is None else str(ratio) for ratio in found.values()]
+        cells = ["1" if ratio.above == ratio.below == 0 else str(ratio) for ratio in found.values()]
         rows.append([label, f"{1000 / speed['CPU']:.3f}", f"{speed['CPU']:.0f}", f"{speed['wall']:.0f}", *cells])
         ratios[label] = {"images_per_second_per_core": {m: round(v, 1) for m, v in speed.items()}} | {
-            key: ratio and ratio.to_dict() for key, ratio in found.items()
+            key: ratio.to_dict() for key, ratio in found.items()
         }
     say(table(rows))
     return run, ratios
@@ -375,7 +375,7 @@ def reading(arguments: argparse.Namespace, data: list[bytes]) -> dict[str, Any]:
             if not run.kept:
                 say("no round was quiet: nothing to report (see --quiet)")
                 continue
-            cost = compare(run, "memory", "cpu")["loader"]  # cost of the loader over cost of the samples alone
+            cost = paired_ratio(run.values("loader", "cpu"), run.values("memory", "cpu"))
             say(
                 f"decoder {decoder}: the loader takes {cost.median:.3f} [{cost.low:.3f}, {cost.high:.3f}] n={cost.n} "
                 "times the CPU of the same samples from memory"

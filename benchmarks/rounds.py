@@ -378,12 +378,16 @@ def _call(pipe: Connection, function: Callable[..., Any], arguments: dict[str, A
 # ------------------------------------------------------------------------------------------------ reports and records
 
 
-def compare(run: Run, name: str, measure: str = "wall") -> dict[str, Ratio]:
-    """Return how much faster the named variant is than each other one; none if no round was kept."""
+def compare(run: Run, name: str, measure: str = "wall", others: Sequence[str] | None = None) -> dict[str, Ratio]:
+    """Return how much faster the named variant is than each other one, or than those named; none if no round was kept.
+
+    Ratios are other / named: above 1, the named variant is faster.
+    """
     if not run.kept:
         return {}
     mine = run.values(name, measure)
-    return {other: paired_ratio(run.values(other, measure), mine) for other in run.facts if other != name}
+    names = [other for other in (run.facts if others is None else others) if other != name]
+    return {other: paired_ratio(run.values(other, measure), mine) for other in names}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

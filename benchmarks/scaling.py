@@ -1,11 +1,12 @@
 """What an image costs our training step: by tokens, batch, model, threads and ranks; memory; and the paper's Table 2.
 
-    python benchmarks/scaling.py [tokens batch size threads ranks memory table2] [--seconds 120] [--out FILE]
+    python benchmarks/scaling.py [tokens batch size threads threads_b ranks memory table2] [--seconds 120] [--out FILE]
 
 Each section is one run of `rounds.py`: its points take turns, each in a process of its own, for `--seconds` at most
 (building them comes on top). Costs are per image of a whole step, AdamW included; ratios are paired, against the first
 point of the section. FLOPs are those of the official model, so a cost may grow less than they do.
 
+CPU time of two threads contains waiting for each other: read `threads` by wall time.
 `ranks` is weak scaling under DDP by gloo: every rank has the same batch and one thread, on this machine. The gradients
 of all ranks pass through shared caches and memory, and no network: what it shows is the machinery, not a cluster.
 `memory` is one ViT-B step with and without activation checkpointing. `table2` compares an encoder with mask tokens with
@@ -86,12 +87,13 @@ def size() -> dict[str, Point]:
 
 
 def threads() -> dict[str, Point]:
-    """One and two threads."""
-    return {
-        f"{name}, {n} thread{'s' * (n > 1)}": Point(sizes, images, threads=n)
-        for name, sizes, images in (("small", CONFIGS["small"], 64), ("ViT-B", B, 4))
-        for n in (1, 2)
-    }
+    """The small configuration with one and two threads."""
+    return {f"{n} thread{'s' * (n > 1)}": Point(CONFIGS["small"], 64, threads=n) for n in (1, 2)}
+
+
+def threads_b() -> dict[str, Point]:
+    """ViT-B with one and two threads."""
+    return {f"{n} thread{'s' * (n > 1)}": Point(B, 4, threads=n) for n in (1, 2)}
 
 
 def ranks() -> dict[str, Point]:
@@ -119,7 +121,7 @@ def table2() -> dict[str, Point]:
 
 
 SECTIONS: dict[str, Callable[[], dict[str, Point]]] = {
-    f.__name__: f for f in (tokens, batch, size, threads, ranks, memory, table2)
+    f.__name__: f for f in (tokens, batch, size, threads, threads_b, ranks, memory, table2)
 }
 
 

@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("no round was quiet; try again on an idle machine, or --quiet 0 for a trial without meaning")
     summary = summarize(run, sizes, sizes.batch, measure)
     mine = next((name for name in names if name.startswith("ours")), names[0])
-    ratios = {m: {k: v for k, v in compare(run, mine, m).items() if k != "gemm"} for m in (measure, "cpu")}
+    ratios = {m: compare(run, mine, m, names) for m in (measure, "cpu")}
     print(report(summary, ratios, mine))
     others = [name for name in compared if name in summary["variants"]]
     if others:

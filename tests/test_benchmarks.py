@@ -203,6 +203,25 @@ def test_step_measures_equal_models_side_by_side(
     assert "fastest of the others: transformers-best" in printed
 
 
+def test_on_a_gpu_its_own_seconds_are_compared():
+    """No GPU here: the figures of one are made up, the report is not."""
+    rounds, step = script("rounds"), script("step")
+
+    def reading(**extra: float):
+        return rounds.Reading(9.0, 9.0, 1.0, 0.0, 0.0, extra)
+
+    readings = {"ours": reading(device=0.5), "official": reading(device=1.0), "gemm": reading(gflops=1000.0)}
+    facts = {"saved_mb": 1.0, "built_mb": 0.0}
+    run = rounds.Run({"ours": facts, "official": facts, "gemm": {}}, [readings] * 10)
+    sizes = script("methods").CONFIGS["micro"]
+    summary = step.summarize(run, sizes, 4, "device")
+    ratios = {m: rounds.compare(run, "ours", m, ["ours", "official"]) for m in ("device", "cpu")}
+    assert summary["variants"]["ours"]["images_per_second"] == 8.0
+    text = step.report(summary, ratios, "ours")
+    assert "x2.000 [2.000, 2.000] n=10 faster" in text
+    assert "x1.000 [1.000, 1.000] n=10 tie" in text
+
+
 def test_step_names_unknown_variants():
     with pytest.raises(SystemExit, match="theirs: unknown; choose from official"):
         script("step").main(["--variants", "theirs"])

@@ -73,6 +73,8 @@ def describe_world(accelerator: Accelerator) -> str:
     )
     if (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", used)) not in (used, "no"):
         line += f" (the {asked} of `accelerate config` is not used: --engine.precision {asked} chooses it)"
+    if accelerator.device.type == "cuda" and used == "no" and torch.get_float32_matmul_precision() == "highest":
+        line += " (float32 leaves most of a GPU unused: --engine.precision bf16, or --engine.tf32)"
     return line
 
 

@@ -237,8 +237,8 @@ def train(recipe: Recipe, again: bool = False) -> dict[str, Any]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "waiting_share" in row]
     steps = np.diff([row["step"] for row in rows])
-    images = float(steps.sum()) * recipe.global_batch
-    took = sum(s * recipe.global_batch / row["images_per_second"] for s, row in zip(steps, rows[1:], strict=True))
+    images = int(steps.sum()) * recipe.global_batch
+    took = sum(int(s) * recipe.global_batch / row["images_per_second"] for s, row in zip(steps, rows[1:], strict=True))
     waited = sum(row["seconds_waiting_for_data"] for row in rows[1:])
     return {
         "images_per_second": images / took,

@@ -183,7 +183,7 @@ class _Decoding(Dataset[Failures]):
 
     def __getitem__(self, message: tuple[int, list[tuple[int, int] | bytes | None], Ints, Ints]) -> Failures:
         slot, places, epochs, positions = message
-        room = memoryview(self.encoded[slot].numpy())
+        room = self.encoded[slot].numpy().data
         images = [room[place[0] : place[1]] if isinstance(place, tuple) else place for place in places]
         return self.decoder(images, epochs, positions, self.pixels[slot].numpy()[:, : len(images)])
 

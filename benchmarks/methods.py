@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 LR, BETAS, WEIGHT_DECAY = 1.5e-4, (0.9, 0.95), 0.05
 TOLERANCE = 1e-5
-OUR_NAMES = ("ours", "ours-plain-memory")
+OUR_NAMES = ("ours", "ours-gelu-again", "ours-plain-memory")
 PEERS = ("official", "official-best", "transformers", "transformers-best", "lightly", "lightly-best")
 
 
@@ -272,7 +272,7 @@ def ours(
     sizes: Sizes,
     *,
     keep_memory: bool = True,
-    checkpoint: bool = False,
+    checkpoint: Literal["none", "gelu", "blocks"] = "none",
     wrap: Callable[[nn.Module], nn.Module] = lambda task: task,
 ) -> Method:
     """What `hf_mae.pretrain` trains; `wrap` may put the task into DDP."""
@@ -298,8 +298,7 @@ def ours(
         norm_pix_loss=True,
     )
     model = MAEForPreTraining(config)
-    if checkpoint:  # renamed after transformers 5.20; the old name warns
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.checkpoint_activations(checkpoint)
     task = wrap(Pretraining(model, IMAGENET_MEAN, IMAGENET_STD))
     optimizer = build_adamw(task, Optim(weight_decay=WEIGHT_DECAY, betas=BETAS))
     for group in optimizer.param_groups:
@@ -325,7 +324,8 @@ def make_method(name: str, sizes: Sizes, checkout: str | None) -> Method:
     elif family == "lightly":
         method = lightly(sizes, best=best)
     else:
-        method = ours(sizes, keep_memory=plain == "ours")
+        again = "gelu" if plain == "ours-gelu-again" else "none"
+        method = ours(sizes, keep_memory=plain != "ours-plain-memory", checkpoint=again)
     method.model.train()
     if compiled:
         for module in method.model.modules():

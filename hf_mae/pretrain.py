@@ -109,9 +109,7 @@ def _run(recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator,
     # What is trained.
     torch.manual_seed(recipe.seed)  # the same weights on every rank; nothing else draws from it
     model = MAEForPreTraining(config)
-    if recipe.engine.checkpoint_activations:
-        # Renamed after transformers 5.20; the old name warns.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.checkpoint_activations(recipe.engine.checkpoint_activations)
     if recipe.engine.compile:
         for block in [*model.blocks, *model.decoder_blocks]:
             block.compile(fullgraph=True, dynamic=False)  # in place, so that parameter names stay

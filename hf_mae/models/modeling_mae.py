@@ -25,7 +25,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.convert import config_from_state_dict, list_names, load_folder, load_official_checkpoint
-from hf_mae.models.layers import Block, PatchEmbed
+from hf_mae.models.layers import Block, Mlp, PatchEmbed
 from hf_mae.models.masking import Masking, count_kept, mask_from_noise, mask_noise, num_uniforms
 from hf_mae.models.pos_embed import Interpolation, positions_for, sincos_pos_embed
 from hf_mae.models.targets import make_target, patchify, unpatchify
@@ -113,6 +113,23 @@ class MAEPreTrainedModel(PreTrainedModel):
             for _ in range(config.num_hidden_layers)
         )
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+
+    def checkpoint_activations(self, what: Literal["none", "gelu", "blocks"]) -> None:
+        """Choose what the backward pass computes again rather than finds kept; the numbers stay the same.
+
+        Args:
+            what: nothing; the GELU of every block, a quarter of all that is kept; or whole blocks.
+        """
+        # Renamed after transformers 5.20; the old names warn.
+        old, new = self.gradient_checkpointing_disable, self.gradient_checkpointing_enable
+        off, on = (
+            getattr(self, f"activation_checkpointing_{state}", method)
+            for state, method in (("disable", old), ("enable", new))
+        )
+        (on if what == "blocks" else off)()
+        for module in self.modules():
+            if isinstance(module, Mlp):
+                module.recompute_gelu = what == "gelu"
 
     def _add_positions(self, name: str, width: int) -> None:
         # A fixed table is a persistent buffer: it is saved under the official name, and no loader makes it trainable.

@@ -13,6 +13,7 @@ from hf_mae.recipes.base import Model, Size
 
 Precision: TypeAlias = Literal["no", "tf32", "bf16", "fp16"]
 Attention: TypeAlias = Literal["sdpa", "eager"]
+Checkpoint: TypeAlias = Literal["none", "gelu", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +38,24 @@ class BlockShape:
         D, F = self.width, self.hidden
         return 4 * D + 3 * D * (D + 1) + D * (D + 1) + F * (D + 1) + D * (F + 1)
 
-    def activations(self, precision: Precision, attention: Attention) -> int:
+    def activations(self, precision: Precision, attention: Attention, checkpoint: Checkpoint = "none") -> int:
         """Bytes per image that the forward pass keeps for the backward pass.
+
+        With blocks checkpointed that is their float32 input alone.
 
         The residual stream and the statistics of norms are float32 also under autocast; inputs of matrix products have
         its type. sdpa keeps one logarithm per head and query; eager keeps the weights, under autocast on a GPU once in
         float32 (softmax) and once more in half.
         """
         n, m, D, item = self.tokens, self.outputs, self.width, item_size(precision)
+        if checkpoint == "blocks":
+            return 4 * n * D
         residual = (4 * D + 8) * (n + m)
         qkv, weights = 3 * n * D, 4
         if attention == "eager":  # copies its operands, so unread queries are dropped
             qkv, weights = (m + 2 * n) * D, n * (4 if item == 4 else 4 + item)
-        products = item * (n * D + qkv + 2 * m * D + 2 * m * self.hidden)
+        hidden = (1 if checkpoint == "gelu" else 2) * m * self.hidden
+        products = item * (n * D + qkv + 2 * m * D + hidden)
         return residual + products + self.heads * m * weights
 
 
@@ -218,7 +224,7 @@ def activation_bytes(
     precision: Precision,
     attention: Attention = "sdpa",
     *,
-    checkpoint: bool = False,
+    checkpoint: Checkpoint = "none",
     shortcuts: bool = True,
 ) -> int:
     """Return the bytes per image that wait for the backward pass, without the copies of weights that autocast makes.
@@ -227,15 +233,12 @@ def activation_bytes(
         model: the architecture.
         precision: autocast type; tf32 is stored as float32.
         attention: the kernel.
-        checkpoint: keep only the float32 input of every block; the rest of a block is recomputed in its turn.
+        checkpoint: what is recomputed rather than kept, see `hf_mae.recipes.base.Engine`.
         shortcuts: as in `shapes`.
     """
     s = shapes(model, shortcuts=shortcuts)
     item = item_size(precision)
-    blocks = sum(
-        4 * block.tokens * block.width if checkpoint else block.activations(precision, attention)
-        for block in (*s.encoder, *s.decoder)
-    )
+    blocks = sum(block.activations(precision, attention, checkpoint) for block in (*s.encoder, *s.decoder))
     ends = [(s.encoder[0].tokens, model.hidden_size), (s.predicted, model.decoder_hidden_size)]
     norms = sum(tokens * (4 * width + 8 + item * width) for tokens, width in ends)  # norm, then a linear layer
     pixels = s.embedded * s.patch_dim * item
@@ -248,7 +251,12 @@ def activation_bytes(
 
 
 def working_bytes(
-    model: Model, precision: Precision, attention: Attention = "sdpa", *, checkpoint: bool, shortcuts: bool = True
+    model: Model,
+    precision: Precision,
+    attention: Attention = "sdpa",
+    *,
+    checkpoint: Checkpoint = "none",
+    shortcuts: bool = True,
 ) -> int:
     """Return bytes per image beside the saved ones, as an upper estimate: pixels, and the gradients inside a block.
 
@@ -257,7 +265,7 @@ def working_bytes(
     """
     s = shapes(model, shortcuts=shortcuts)
     block = max(b.activations(precision, attention) for b in (*s.encoder, *s.decoder))
-    return 9 * s.patches * s.patch_dim + block * (2 if checkpoint else 1)
+    return 9 * s.patches * s.patch_dim + block * (2 if checkpoint == "blocks" else 1)
 
 
 def _sides(size: Size) -> tuple[int, int]:

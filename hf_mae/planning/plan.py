@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from hf_mae.planning.counts import (
+    Checkpoint,
     Flops,
     Parameters,
     Precision,
@@ -38,6 +39,7 @@ from hf_mae.planning.hardware import (
 from hf_mae.recipes.base import Recipe, check
 from hf_mae.training.schedules import make_plan
 
+CHECKPOINTS: tuple[Checkpoint, ...] = ("none", "gelu", "blocks")
 MAX_MICRO_BATCH = 64  # of `training.run_folder`, where `micro_batch` is None
 SHORTEST_PASS = 0.01  # seconds; some 2,000 kernels of 5 microseconds, as a forward and backward of 20 blocks starts
 
@@ -47,7 +49,7 @@ class Memory:
     """One way to hold a run: bytes on every rank."""
 
     sharding: Literal["DDP", "FSDP"]
-    checkpoint: bool
+    checkpoint: Checkpoint
     weights: float
     gradients: float
     optimizer: float
@@ -73,7 +75,7 @@ class Memory:
 def plan_memory(
     recipe: Recipe, hardware: Hardware, precision: Precision, memory_gb: float | None, micro_batch: int | None
 ) -> tuple[Memory, ...]:
-    """Return the memory of DDP and FSDP, each without and with activation checkpointing.
+    """Return the memory of DDP and FSDP, each with every kind of activation checkpointing.
 
     `micro_batch` None is the largest even one that fits each way (at least 1).
     """
@@ -89,7 +91,7 @@ def plan_memory(
         copies = item * trained if item < 4 else 0
         if sharding == "FSDP":  # this block and the next, the gradient of one, and what belongs to no block
             copies = item * (3 * largest_block + root)
-        for checkpoint in (False, True):
+        for checkpoint in CHECKPOINTS:
             activations = activation_bytes(model, precision, hardware.attention, checkpoint=checkpoint)
             working = working_bytes(model, precision, hardware.attention, checkpoint=checkpoint)
             fixed, per_image = 4 * held * (2 + moments) + copies, activations + working
@@ -206,7 +208,7 @@ def make_run_plan(recipe: Recipe, hardware: Hardware) -> RunPlan:
     share = batch // ranks
     flops, plain, parameters = count_flops(model), count_flops(model, shortcuts=False), count_parameters(model)
     blocks = sum(block.flops for block in (*shapes(model).encoder, *shapes(model).decoder))
-    executed = flops.step + (blocks if recipe.engine.checkpoint_activations else 0)
+    executed = flops.step + (blocks if recipe.engine.checkpoint_activations == "blocks" else 0)
 
     # Length. Repeats make several samples of an image: an epoch reads every image once and trains on each of them.
     images = hardware.images or IMAGES.get(recipe.data.path, IMAGENET_IMAGES)
@@ -224,7 +226,7 @@ def make_run_plan(recipe: Recipe, hardware: Hardware) -> RunPlan:
         )
     wanted = largest_divisor(share, MAX_MICRO_BATCH) if micro is None else (None if micro == "auto" else micro)
     memory = plan_memory(recipe, hardware, precision, memory_gb, wanted)
-    chosen = int(recipe.engine.checkpoint_activations)
+    chosen = CHECKPOINTS.index(recipe.engine.checkpoint_activations)
 
     # Time and input.
     decode_rate, image_bytes = _decoding(recipe, hardware)
@@ -382,7 +384,7 @@ def _assumptions(
         if hardware.mfu == Hardware.mfu
         else "--mfu",
     )
-    if recipe.engine.checkpoint_activations:
+    if recipe.engine.checkpoint_activations == "blocks":
         yield "recomputation", "at the same MFU", "ours"
     yield (
         "FLOPs",

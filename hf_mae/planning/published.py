@@ -85,7 +85,7 @@ def _official_memory(size: str, batch: int) -> float:
     """Return GB of a step of the official code: eager attention, fp16 autocast, its order, AdamW, DDP."""
     model = Model(**VIT_SIZES[size])  # type: ignore[arg-type]
     saved = activation_bytes(model, "fp16", "eager", shortcuts=False)
-    working = working_bytes(model, "fp16", "eager", checkpoint=False, shortcuts=False)
+    working = working_bytes(model, "fp16", "eager", shortcuts=False)
     return (batch * (saved + working) + 18 * count_parameters(model).trained) / 1e9
 
 

@@ -96,7 +96,7 @@ def _computation(recipe: Recipe, plan: RunPlan) -> str:
         f"  parameters {p.trained / 1e6:.2f} M: encoder {p.encoder / 1e6:.2f} M, decoder {p.decoder / 1e6:.2f} M; "
         f"fixed position tables {p.tables / 1e6:.2f} M",
     ]
-    if recipe.engine.checkpoint_activations:
+    if recipe.engine.checkpoint_activations == "blocks":
         lines.append(f"  with activation checkpointing {plan.flops_executed / 1e9:.3g} GFLOP per image are executed")
     lines.append(f"  the run: {plan.flops_run:.3g} FLOP over {_count(plan.images_seen)} images")
     return "Computation\n" + _table(rows, "<>>>>>>>>") + "\n".join(lines)
@@ -108,7 +108,8 @@ def _memory(recipe: Recipe, plan: RunPlan) -> str:
     for i, m in enumerate(plan.memory):
         if m.sharding == "FSDP" and plan.gpus == 1:
             continue  # nothing to shard over
-        name = f"  {m.sharding}{', checkpointing' if m.checkpoint else ''}{' *' if i == plan.memory_chosen else ''}"
+        again = "" if m.checkpoint == "none" else f", {m.checkpoint} again"
+        name = f"  {m.sharding}{again}{' *' if i == plan.memory_chosen else ''}"
         parts = [f"{part / 1e9:.2f}" for part in (m.weights, m.gradients, m.optimizer, m.copies)]
         split = f"{m.activations_per_image / 1e6:.3g}+{m.working_per_image / 1e6:.3g}"
         total = m.fixed + plan.micro_batch * (m.activations_per_image + m.working_per_image)
@@ -119,7 +120,8 @@ def _memory(recipe: Recipe, plan: RunPlan) -> str:
         how = "auto: the largest that fits"
     gpus = "1 GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"
     lines = [
-        "  * the recipe's; FSDP is chosen with `accelerate config`, checkpointing with --engine.checkpoint-activations",
+        "  * the recipe's; FSDP is chosen with `accelerate config`, what the backward pass computes again with",
+        "    --engine.checkpoint-activations gelu or blocks",
         "  MB/image: saved activations + working memory. copies: half-precision weights (DDP), gathered blocks (FSDP)",
         f"  global batch {plan.global_batch:,} = {gpus} x {plan.accumulation} x {plan.micro_batch} (accumulation x "
         f"micro-batch: {plan.images_per_gpu:,} images per GPU); micro-batch {how}",

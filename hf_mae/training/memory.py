@@ -35,7 +35,9 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1)) and bool(mallopt(M_MMAP_THRESHOLD, 2**30))
+    # Where glibc takes no more than 32 MiB, that is still worth having.
+    mapped = bool(mallopt(M_MMAP_THRESHOLD, 2**30)) or bool(mallopt(M_MMAP_THRESHOLD, 2**25))
+    return mapped and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def largest_micro_batch(
@@ -68,7 +70,7 @@ def largest_micro_batch(
     if chosen == 0:
         raise RuntimeError(
             f"micro_batch=auto: one image needs {(fixed + per_image) / 1e9:.1f} GB and {budget / 1e9:.1f} GB may be "
-            "used; use --engine.checkpoint-activations, --engine.precision bf16, FSDP, or a smaller model"
+            "used; use --engine.checkpoint-activations blocks, --engine.precision bf16, FSDP, or a smaller model"
         )
     return chosen
 

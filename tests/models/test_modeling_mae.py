@@ -311,19 +311,40 @@ def test_compiles_to_one_graph_when_noise_is_given(golden_model, images, noise, 
     assert len(graphs) == 1
 
 
-def test_checkpointing_activations_leaves_gradients_equal(golden_model, images, noise):
-    gradients = []
-    for checkpointing in (False, True):
+@pytest.mark.parametrize(("what", "again"), [("gelu", (0, 1)), ("blocks", (1, 1))])
+def test_computing_activations_again_leaves_gradients_equal(golden_model, images, noise, monkeypatch, what, again):
+    gradients, calls, gelu = [], [], torch.nn.functional.gelu
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: calls.append("gelu") or gelu(x))
+    for chosen in ("none", what):
         model = golden_model().train()
-        runs = []
-        model.blocks[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
-        if checkpointing:
-            # The second name is that of transformers 5.0, and deprecated since.
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.checkpoint_activations(chosen)
+        model.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append("mlp"))
+        calls.clear()
         model(images, noise=noise).loss.backward()
-        assert len(runs) == 1 + checkpointing  # computed again in the backward pass
+        extra = again if chosen == what else (0, 0)
+        assert calls.count("mlp") == 1 + extra[0]  # computed again in the backward pass
+        assert calls.count("gelu") == 3 * (1 + extra[1])  # of 2 + 1 blocks
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_computing_the_gelu_again_keeps_a_quarter_less(tiny, images, noise):
+    kept = {}
+    for what in ("none", "gelu"):
+        model, sizes = MAEForPreTraining(tiny()), {}
+        model.checkpoint_activations(what)
+        storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def note(tensor, sizes=sizes, storages=storages):
+            if (storage := tensor.untyped_storage()).data_ptr() not in storages:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model.train()(images, noise=noise).loss
+        kept[what] = sum(sizes.values())
+        loss.backward()
+    assert kept["gelu"] < 0.85 * kept["none"]  # of blocks and, in this tiny model, much that is none
 
 
 def test_bfloat16_keeps_target_and_loss_in_float32(golden_model, images, noise):

@@ -83,5 +83,5 @@ def test_trying_leaves_no_trace(task, monkeypatch):
 
 def test_when_nothing_fits_the_error_says_what_helps(task, monkeypatch):
     monkeypatch.setattr(memory, "_budget", lambda device: 1000.0)
-    with pytest.raises(RuntimeError, match=r"one image needs .* GB .* --engine.checkpoint-activations"):
+    with pytest.raises(RuntimeError, match=r"one image needs .* GB .* --engine.checkpoint-activations blocks"):
         largest_micro_batch(task, sample, 8, Accelerator(cpu=True))

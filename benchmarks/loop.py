@@ -144,7 +144,7 @@ def handover(path: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for workers in arguments.workers:
         kinds |= {f"threads {workers}": ("thread", workers), f"processes {workers}": ("process", workers)}
     records = []
-    for decoder in ("exact", "fast"):
+    for decoder in arguments.decoders:
         fixed = {
             "path": path,
             "decoder": decoder,
@@ -159,7 +159,7 @@ def handover(path: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name, (kind, workers) in kinds.items()
         }
         run = run_rounds(
-            variants, rounds=arguments.rounds, seconds=arguments.seconds / 2, warmup=1, quiet=arguments.quiet
+            variants, rounds=arguments.rounds, seconds=arguments.seconds / len(arguments.decoders), warmup=1, quiet=arguments.quiet
         )
         if not run.kept:
             print(f"{decoder}: no round was quiet")
@@ -373,6 +373,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="end each part after about this long")
     parser.add_argument("--quiet", type=float, default=QUIET, help="handover: see rounds.py; 0 keeps busy rounds")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="handover: numbers of decoders")
+    parser.add_argument("--decoders", nargs="*", default=["exact", "fast"], help="handover: data.decoder")
     parser.add_argument("--batch", type=int, default=64, help="handover: images in a batch")
     parser.add_argument("--batches", type=int, default=20, help="handover: batches of a long run")
     parser.add_argument("--plain-malloc", action="store_true", help="handover: without engine.keep_freed_memory")

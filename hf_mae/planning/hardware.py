@@ -11,9 +11,9 @@ IMAGENET_IMAGES = 1_281_167
 IMAGES = {"ILSVRC/imagenet-1k": IMAGENET_IMAGES, "cifar10": 50_000, "digits": 1_437}
 """Training images of the data sets that presets name."""
 
-DECODE_RATES = {"official": 223.0, "exact": 275.0, "fast": 508.0}
-"""Samples (decode, crop to 224, flip) per second and core: Pillow and torchvision on floats, as the official code does;
-Pillow in uint8; libjpeg-turbo with a uint8 SIMD resize. One core of an AMD EPYC (Zen 4), 200 ImageNet originals."""
+DECODE_RATES = {"official": 339.0, "exact": 435.0, "fast": 587.0}
+"""Samples (decode, crop to 224, flip) per second and core: the official transform on Pillow, and `data.decoder`. One
+core of an Intel Xeon at 2.3 GHz, 1,000 ImageNet originals (benchmarks/README.md, 2026-11-22)."""
 
 IMAGE_BYTES = 110_000.0
 """Mean of 1,000 ImageNet originals."""

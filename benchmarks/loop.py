@@ -159,7 +159,11 @@ def handover(path: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name, (kind, workers) in kinds.items()
         }
         run = run_rounds(
-            variants, rounds=arguments.rounds, seconds=arguments.seconds / len(arguments.decoders), warmup=1, quiet=arguments.quiet
+            variants,
+            rounds=arguments.rounds,
+            seconds=arguments.seconds / len(arguments.decoders),
+            warmup=1,
+            quiet=arguments.quiet,
         )
         if not run.kept:
             print(f"{decoder}: no round was quiet")

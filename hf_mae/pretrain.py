@@ -26,7 +26,7 @@ from hf_mae.evaluation.reconstruction import Pictures, reconstruct
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.masking import mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
-from hf_mae.recipes.base import Recipe, check, to_dict
+from hf_mae.recipes.base import Recipe, check, choose_micro_batch, to_dict
 from hf_mae.training.checkpoint import (
     TrainState,
     list_checkpoints,
@@ -41,7 +41,6 @@ from hf_mae.training.memory import keep_freed_memory, largest_micro_batch
 from hf_mae.training.monitors import Clock, Monitor, Printer, Window, read_rows
 from hf_mae.training.optim import MovingAverage, build_adamw
 from hf_mae.training.run_folder import (
-    choose_micro_batch,
     find_start,
     last_micro_batch,
     open_run_folder,
@@ -132,17 +131,24 @@ def _run(recipe: Recipe, config: MAEConfig, out: Path, accelerator: Accelerator,
             accelerator.scaler.load_state_dict(state.scaler)
         say(f"resuming at step {state.step} of {plan.total_steps} from {resume_from} ({clock.lap():.1f} s)")
     require_same_on_all_ranks({"recipe": to_dict(recipe), "data": data_state, "step": state.step}, accelerator)
-    share = recipe.global_batch // world
-    micro_batch = choose_micro_batch(recipe, world, measured=last_micro_batch(out, share, accelerator))
+    share, auto = recipe.global_batch // world, recipe.micro_batch == "auto"
+    measured = last_micro_batch(out, share, accelerator) if auto and state.step else None
+    micro_batch = choose_micro_batch(recipe, world, measured=measured)
     if state.step >= plan.total_steps:
         record_start(out, recipe, accelerator, state, data_state, micro_batch, say)
         say(f"this run is finished ({state.step} updates); nothing to do. Another --out starts anew")
         return
-    if recipe.micro_batch == "auto" and not state.step:
+    if auto and measured is not None:
+        say(f"micro_batch=auto: {micro_batch}, as before the restart")
+    elif auto:
         zeros = torch.zeros(4, config.num_channels, *height_width(config.image_size), dtype=torch.uint8)
         noise = MaskNoise(config, recipe.seed)(np.zeros(4, np.int64), np.arange(4))["noise"]
         micro_batch = largest_micro_batch(
-            inner, lambda n: {"pixel_values": zeros[:n], "noise": noise[:n]}, share, accelerator
+            inner,
+            lambda n: {"pixel_values": zeros[:n], "noise": noise[:n]},
+            share,
+            accelerator,
+            moments_exist=resume_from is not None,
         )
         say(f"micro_batch=auto: {micro_batch} images fit into memory")
     evaluators, examples = _evaluators(recipe, config, source, out, accelerator, say)
@@ -351,11 +357,15 @@ def data_advice(recipe: Recipe, rows: list[dict[str, Any]]) -> str | None:
     if waited < WAITING_IS_LONG:
         return None
     ways: list[str] = []
-    if (cores := len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0) > recipe.num_workers:
-        ways.append(f"--num-workers {cores} (the cores this process may use)")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (cores := usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > recipe.num_workers:
+        ways.append(f"--num-workers {cores} (the cores of this process)")
     if recipe.data.decoder == "exact":
         ways.append("--data.decoder fast (the same crops, pixels that differ by rounding)")
-    ways.append(f"--data.repeats {2 * recipe.data.repeats} (more samples of each image: changes training)")
+    ways.append(
+        f"--data.repeats {2 * recipe.data.repeats} with --epochs {recipe.epochs / 2:g} (more samples "
+        "of each image for the same number of updates: changes training)"
+    )
     return f"waited for data {waited:.0%} of the time; try {', or '.join(ways)}"
 
 

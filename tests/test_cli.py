@@ -40,7 +40,7 @@ def test_plan_prints_json(capsys):
     main(["plan", "mae-vit-l-800ep", "--gpu", "v100", "--gpus", "64", "--json"])
     plan = json.loads(capsys.readouterr().out)
     assert (plan["gpus"], plan["micro_batch"], plan["parameters"]["trained"]) == (64, 64, 329_239_296)
-    assert len(plan["memory"]) == 4
+    assert len(plan["memory"]) == 6
 
 
 def test_plan_check_prints_published_runs_only(capsys):
@@ -55,7 +55,7 @@ def test_plan_check_prints_published_runs_only(capsys):
     [
         (["plan", "mae-vit-x"], "preset 'mae-vit-x' is unknown; did you mean mae-vit-"),
         (["plan", "--gpu", "a10000"], "--gpu a10000 is unknown; use one of t4"),
-        (["plan", "--gpus", "3"], "global_batch=1024 is not divisible by --gpus 3; use 1023 or 1026"),
+        (["plan", "--gpus", "3"], "global_batch=1024 is not divisible by 3 processes; use 1023 or 1026"),
         (["plam"], "command 'plam' is unknown; did you mean plan, "),
     ],
 )

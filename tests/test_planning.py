@@ -16,13 +16,12 @@ from hf_mae.models.configuration_mae import MAEConfig
 from hf_mae.models.masking import count_kept
 from hf_mae.models.modeling_mae import MAEForPreTraining
 from hf_mae.planning.counts import BlockShape, activation_bytes, count_flops, count_parameters, shapes
-from hf_mae.planning.hardware import GPUS, IMAGES, Hardware
-from hf_mae.planning.plan import RESERVE, as_dict, largest_divisor, make_run_plan
+from hf_mae.planning.hardware import GPUS, HAND_OVER, IMAGES, Hardware
+from hf_mae.planning.plan import RESERVE, as_dict, make_run_plan
 from hf_mae.planning.published import PUBLISHED, PUBLISHED_MEMORY
 from hf_mae.planning.report import published_report, report
-from hf_mae.recipes.base import VIT_SIZES, Model
+from hf_mae.recipes.base import VIT_SIZES, Model, choose_micro_batch, largest_divisor
 from hf_mae.recipes.mae import PRESETS
-from hf_mae.training.run_folder import choose_micro_batch
 from hf_mae.training.schedules import make_plan
 
 TINY = Model(
@@ -266,7 +265,7 @@ def test_checkpointing_costs_up_to_one_more_forward_pass():
 
 def test_few_workers_are_named_as_the_limit():
     few, many = (make_run_plan(replace(RECIPE, num_workers=n), Hardware(decode_rate=100.0)) for n in (2, 64))
-    core = 100 / 1.2  # hand-over by threads takes a fifth
+    core = 100 / (1 + HAND_OVER["thread"])
     assert few.workers_feed == pytest.approx(2 * core)
     assert few.hours_as_fed == pytest.approx(few.images_seen / (2 * core * 8) / 3600)
     assert many.hours_as_fed == many.rate.hours
@@ -316,7 +315,7 @@ def test_a_processor_can_be_described():
         ({}, {"gpus": 0}, r"--gpus 0 must be above 0"),
         ({}, {"tflops": -1.0}, r"--tflops -1.0 must be above 0 and finite"),
         ({}, {"decode_rate": float("nan")}, r"--decode-rate nan must be above 0"),
-        ({}, {"gpus": 48}, r"global_batch=4096 is not divisible by --gpus 48; use 4080 or 4128, or other --gpus"),
+        ({}, {"gpus": 48}, r"global_batch=4096 is not divisible by 48 processes; use 4080 or 4128"),
         ({"micro_batch": 100}, {}, r"micro_batch=100 does not divide the 512 images .*; use 64"),
         ({"model": replace(TINY, image_size=30)}, {}, r"image_size=30 is not a multiple of model.patch_size=8"),
         ({"model": replace(TINY, mask_ratio=0.99)}, {}, r"mask_ratio=0.99 keeps none of 16 patches"),

@@ -266,7 +266,7 @@ def test_bf16_checkpointed_activations_and_averages_train_and_resume(recipe):
 
 def test_an_automatic_micro_batch_is_kept_when_the_run_goes_on(recipe, monkeypatch, capsys):
     found = iter([16, 64])
-    monkeypatch.setattr("hf_mae.pretrain.largest_micro_batch", lambda *a: next(found))
+    monkeypatch.setattr("hf_mae.pretrain.largest_micro_batch", lambda *a, **k: next(found))
     stop = replace(recipe, micro_batch="auto")
     out = pretrain(stop)
     shutil.rmtree(out / "checkpoints" / "step_00000012")
@@ -276,8 +276,15 @@ def test_an_automatic_micro_batch_is_kept_when_the_run_goes_on(recipe, monkeypat
     assert "micro_batch=auto: 16 images fit" in capsys.readouterr().err
 
 
-def test_an_automatic_micro_batch_trains(recipe):
+def test_an_automatic_micro_batch_is_what_fits(recipe, monkeypatch, capsys):
+    monkeypatch.setattr("hf_mae.training.memory._budget", lambda device: 700_000.0)
     out = pretrain(replace(recipe, micro_batch="auto"))
+    chosen = json.loads((out / "environment.json").read_text())["starts"][0]["micro_batch"]
+    assert chosen in (2, 4, 8, 16, 32)  # not the 64 of the default, nor nothing
+    assert f"micro_batch=auto: {chosen} images fit" in capsys.readouterr().err
+    monkeypatch.setattr("hf_mae.training.memory._budget", lambda device: 1e9)
+    other = replace(recipe, micro_batch="auto", out=recipe.out + "_2", resume=str(out / "checkpoints/step_00000006"))
+    out = pretrain(other)  # another folder: nothing to keep to
     assert json.loads((out / "environment.json").read_text())["starts"][0]["micro_batch"] == 64
 
 

@@ -112,7 +112,7 @@ class WorkerProcesses:
         each = max(2, -(-ahead // num_workers))
         # One more than can be under way: the loader takes new work before it hands a result out.
         slots = each * num_workers + 1
-        room = int(rows * ROOM * (bytes_per_row or UNKNOWN_BYTES))
+        room = max(1, int(rows * ROOM * (bytes_per_row or UNKNOWN_BYTES)))
         self._encoded = _shared(slots, room)
         self._pixels = _shared(slots, *decoder.shape(rows))
         self._work = work

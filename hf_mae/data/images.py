@@ -263,7 +263,10 @@ _ROWS_WERE_LEFT = "extraneous bytes before marker 0xd9"
 @cache
 def _pillow_is_libjpeg_turbo() -> bool:
     """Say whether Pillow's JPEG decoder is simplejpeg's: other libjpegs upsample chroma differently."""
-    return bool(features.check_feature("libjpeg_turbo"))
+    if not features.check_feature("libjpeg_turbo"):
+        return False
+    version = features.version_feature("libjpeg_turbo") or "0"
+    return tuple(int(part) for part in version.split(".")[:2]) >= (2, 1)
 
 
 def _decode_plain_jpeg(image: Image.Image, data: bytes | memoryview, bottom: int) -> Pixels | None:
@@ -399,10 +402,11 @@ def sample_pixels(
     pixels = None
     with _only_image_errors():
         image = _open(data, max_pixels)
-        assert data is not None, "refused before"
-        if channels == 3:
-            pixels = _decode_plain_jpeg(image, data, _bottom(image, draws, augment))
-        if pixels is None:
+    assert data is not None, "refused before"
+    if channels == 3:
+        pixels = _decode_plain_jpeg(image, data, _bottom(image, draws, augment))
+    if pixels is None:
+        with _only_image_errors():
             image = _load(image, channels)
             pixels = np.asarray(image)
     for u, sample in zip(draws, out, strict=True):
@@ -440,7 +444,8 @@ def _resize_exact(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 def _resize_fast(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """Resize [H, W, 3] as Pillow does, but for the rounding: torch's weights have fewer bits.
 
-    The channels-last uint8 code of torch runs in the calling thread alone, so the decoders cannot crowd each other out.
+    On x86 the channels-last uint8 code of torch runs in the calling thread alone (2.14), so the decoders cannot crowd
+    each other out. Other processors take other code: their pixels may differ by one.
     """
     image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]  # a copy: dense rows are faster, and writable
     return F.interpolate(image, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()

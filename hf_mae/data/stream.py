@@ -79,7 +79,7 @@ def check_state(saved: Mapping[str, Any], current: Mapping[str, Any], cursor: in
     Raises:
         ValueError: something that decides the order differs; names it, with both values.
     """
-    saved = {"repeats": 1, **saved}  # checkpoints before 0.2 do not say
+    saved = {"repeats": 1, **saved}  # the first checkpoints do not say
     for name in ("rows", "fingerprint", "seed", "remainder", "lanes", "window", "repeats"):
         if saved[name] != current[name]:
             what = (

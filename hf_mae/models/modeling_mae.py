@@ -6,7 +6,7 @@ and of timm, so the official weights load as they are. All classes share the sam
 
 A training step computes what the loss needs, with the numbers of the official code up to float order: visible patches
 are picked before they are embedded; the decoder sees its tokens in the order [cls, kept, removed]; its last block, its
-head, the target and the loss are computed for removed patches only. What each of these saves: benchmarks/README.md.
+head, the target and the loss are computed for removed patches only. Measured in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -119,7 +119,12 @@ class MAEPreTrainedModel(PreTrainedModel):
 
         Args:
             what: nothing; the GELU of every block, a quarter of all that is kept; or whole blocks.
+
+        Raises:
+            ValueError: it is none of these.
         """
+        if what not in ("none", "gelu", "blocks"):
+            raise ValueError(f"checkpoint_activations={what!r} is unknown; use 'none', 'gelu' or 'blocks'.")
         # Renamed after transformers 5.20; the old names warn.
         old, new = self.gradient_checkpointing_disable, self.gradient_checkpointing_enable
         off, on = (

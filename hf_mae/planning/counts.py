@@ -141,6 +141,8 @@ def shapes(model: Model, *, shortcuts: bool = True) -> Shapes:
                 f"model.{prefix}hidden_size={width} is not a multiple of model.{prefix}num_attention_heads={heads}; "
                 "change one"
             )
+    if model.decoder_num_hidden_layers < 1 or model.num_hidden_layers < 1:
+        raise ValueError("model.num_hidden_layers and model.decoder_num_hidden_layers must be at least 1")
     whole = model.mask_tokens_in_encoder
     seen = L + 1 if whole else kept + 1
     encoder = BlockShape(

@@ -21,8 +21,8 @@ IMAGE_BYTES = 110_000.0
 SMALL_PICTURES = ("cifar10", "digits")
 """Data for which the two figures above mean nothing."""
 
-HAND_OVER = {"thread": 0.20, "process": 0.50}
-"""Decoding time lost between a worker and its batch: measured 10 to 19 % for threads, 32 to 71 % for processes."""
+HAND_OVER = {"thread": 0.06, "process": 0.12}
+"""Decoding time lost between a worker and its batch, at most, on 2 cores (benchmarks/README.md, 2026-11-22)."""
 
 RESERVE = 0.10
 """Fraction of a GPU's memory that is left to the context, NCCL, cuBLAS workspaces and fragmentation."""

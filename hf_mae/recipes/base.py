@@ -7,9 +7,10 @@ fields. Rates are fractions, sizes are pixels, lr is per optimizer update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeAlias, cast, get_type_hints
+from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 Size: TypeAlias = int | tuple[int, int]
 """One side of a square, or (height, width)."""
@@ -107,8 +108,8 @@ class Data:
     differ by rounding."""
     repeats: int = 1
     """Samples made of each decoded image, each with its own crop and mask, in the same batch. For slow disks or few
-    cores; changes training above 1: a batch holds fewer different images, and a pass over the data takes more updates.
-    """
+    cores; changes training above 1: a batch holds fewer different images, and an epoch, one pass over the images, takes
+    so many times the updates (divide `epochs` by it for the same number)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,14 +189,14 @@ class Engine:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast type of the forward pass; loss, targets and weights stay float32."""
     compile: bool = False
-    """Compile each transformer block. Worth its minute on GPUs; on CPUs it gained nothing."""
+    """Compile each transformer block. Takes about a minute; meant for GPUs."""
     tf32: bool = False
     """Let float32 matrix products use TensorFloat-32 on GPUs that have it: faster, about three decimal digits."""
     keep_freed_memory: bool = True
     """Ask glibc to keep freed memory for the next step rather than return it to the system each time."""
     checkpoint_activations: Literal["none", "gelu", "blocks"] = "none"
     """What the backward pass computes again rather than keep: nothing; the GELU of every block, a quarter of the memory
-    for hardly any time; or whole blocks, nearly all of it for a third more time."""
+    for hardly any time; or whole blocks, nearly all of it for a fifth to a third more time."""
     expect_processes: int | None = None
     """Refuse to start with another number of processes."""
     track: Literal["none", "tensorboard", "trackio"] = "none"
@@ -224,7 +225,7 @@ class Recipe:
     """Images per optimizer update, over all processes and accumulation."""
     micro_batch: int | Literal["auto"] | None = None
     """Images per process and forward pass. None is as many as the global batch gives each process, at most 64; `auto`
-    tries what fits into memory before training starts."""
+    measures a few images before training starts and takes as many as will fit into memory."""
     num_workers: int = 2
     """Decoders per process; 0 decodes in the training process between steps."""
     log_every: int = 20
@@ -359,6 +360,7 @@ def check(recipe: Recipe) -> None:
     for name, rule, holds in _RULES:
         if not holds(values[name]):
             raise ValueError(f"{name}={values[name]} {rule}")
+    _check_choices(recipe)
     lr = recipe.optim.base_lr * recipe.global_batch / 256
     if recipe.schedule.min_lr > lr:
         raise ValueError(
@@ -382,3 +384,64 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"evals.split={recipe.evals.split} is the training split; testing on it measures memory, name another"
         )
+
+
+def _check_choices(group: Any, where: str = "") -> None:
+    """Refuse values that a field's Literal type does not name, which Python itself would let pass."""
+    hints = get_type_hints(cast(type[Any], type(group)))
+    for name, hint in hints.items():
+        value = getattr(group, name)
+        if is_dataclass(value):
+            _check_choices(value, f"{name}.")
+            continue
+        parts = (hint,) if get_origin(hint) is Literal else get_args(hint)
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        if choices and isinstance(value, str | bool) and value not in choices:
+            raise ValueError(f"{where}{name}={value!r} is unknown; use one of {', '.join(choices)}")
+
+
+MAX_MICRO_BATCH = 64
+"""Micro-batch when none is given: the largest divisor of a process's share up to this."""
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of `number` that is at most `limit`; 0 if there is none."""
+    return max((d for d in range(1, min(number, limit) + 1) if number % d == 0), default=0)
+
+
+def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None = None) -> int:
+    """Return the images per process and forward pass.
+
+    Args:
+        recipe: with the global batch and the wish.
+        processes: that share the global batch.
+        measured: what `auto` stands for, once it is known; until then it counts as not given.
+
+    Raises:
+        ValueError: the global batch does not divide evenly.
+    """
+    batch, micro, repeats = recipe.global_batch, recipe.micro_batch, recipe.data.repeats
+    if batch < 1:
+        raise ValueError(f"global_batch={batch} must be at least 1")
+    if batch % processes:
+        below = batch - batch % processes
+        raise ValueError(
+            f"global_batch={batch} is not divisible by {processes} processes; use "
+            f"{' or '.join(str(b) for b in (below, below + processes) if b)}"
+        )
+    share = batch // processes
+    if share % repeats:
+        raise ValueError(
+            f"global_batch={batch} gives each of {processes} processes {share} samples, not a multiple of "
+            f"data.repeats={repeats}; use a multiple of {processes * repeats}"
+        )
+    if micro == "auto" or micro is None:
+        micro = measured if micro == "auto" and measured is not None else largest_divisor(share, MAX_MICRO_BATCH)
+    if micro < 1 or share % micro:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        nearest = sorted(divisors, key=lambda d: abs(math.log(d / max(micro, 1))))[:2]
+        raise ValueError(
+            f"micro_batch={micro} does not divide the {share} images each process takes of global_batch={batch}; use "
+            f"{' or '.join(map(str, sorted(nearest)))}"
+        )
+    return micro

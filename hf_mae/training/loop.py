@@ -6,6 +6,7 @@ It knows steps, a task, batches and evaluators, and no protocol by name. Read `f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -107,13 +108,13 @@ def fit(
 
     def evaluate() -> None:
         rows = {}
-        # Other shapes than a step's: blocks compiled for the step are run as they are written.
-        with torch.compiler.set_stance("force_eager"):
-            for evaluator in evaluators:
-                if evaluator.due(state.step, plan.total_steps):
-                    task.eval()
+        for evaluator in evaluators:
+            if evaluator.due(state.step, plan.total_steps):
+                task.eval()
+                # Other shapes than a step's: blocks compiled for the step are run as they are written.
+                with torch.compiler.set_stance("force_eager") if recipe.engine.compile else nullcontext():
                     rows |= evaluator(task, state.step)
-                    task.train()
+                task.train()
         if rows:
             monitor.evaluated(_position(state, plan) | rows)
 

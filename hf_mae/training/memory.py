@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -19,6 +20,15 @@ from hf_mae.training.distributed import gather_objects
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
+# Limit and use of a container's memory: version 2, version 1.
+CGROUPS = [
+    (Path("/sys/fs/cgroup") / limit, Path("/sys/fs/cgroup") / used)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    )
+]
+
 GPU_SHARE, CPU_SHARE = 0.9, 0.8
 """Parts of the free memory that a micro-batch may fill: the rest is for fragments, buckets and other programs."""
 
@@ -27,7 +37,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed, up to 2 GiB: a step then finds its memory instead of faulting in every page.
 
     By default glibc maps every large block anew and gives it back to the system when it is freed: each step on a CPU
-    then pays for zeroed pages (5 to 11 % of a step, benchmarks/README.md). Holds for the whole process, from now on.
+    then pays for zeroed pages (benchmarks/README.md). Holds for the whole process, from now on.
 
     Returns:
         Whether it took effect; False where the C library is not glibc.
@@ -41,7 +51,12 @@ def keep_freed_memory() -> bool:
 
 
 def largest_micro_batch(
-    task: nn.Module, sample: Callable[[int], dict[str, Tensor]], share: int, accelerator: Accelerator
+    task: nn.Module,
+    sample: Callable[[int], dict[str, Tensor]],
+    share: int,
+    accelerator: Accelerator,
+    *,
+    moments_exist: bool = False,
 ) -> int:
     """Return the largest divisor of `share` whose forward and backward pass fits into memory, the same on all ranks.
 
@@ -55,16 +70,24 @@ def largest_micro_batch(
         sample: makes a batch of n images.
         share: images that a process takes of a global batch.
         accelerator: carries device, precision and ranks.
+        moments_exist: the optimizer's state is in memory already, as after loading a checkpoint.
 
     Raises:
         RuntimeError: not even one image fits, or the device's memory cannot be asked for.
     """
+    if (device := accelerator.device).type not in ("cuda", "cpu"):
+        raise RuntimeError(
+            f"micro_batch=auto cannot measure the memory of {device.type}; give a number: --micro-batch 64"
+        )
     sizes = [n for n in (1, 2, 4) if n <= share]
-    needs = [_measure(task, sample(n), accelerator) for n in sizes]
+    # As written, not compiled: each size would be a graph of its own.
+    with torch.compiler.set_stance("force_eager"):
+        needs = [_measure(task, sample(n), accelerator) for n in (1, *sizes)][1:]  # the first fills caches
     per_image = (needs[-1] - needs[0]) / max(1, sizes[-1] - sizes[0])
-    # AdamW's two moments come with the first update.
-    fixed = needs[0] - per_image * sizes[0] + sum(2 * p.numel() * p.element_size() for p in _local(task))
-    budget = _budget(accelerator.device)
+    parameters = sum(p.numel() * p.element_size() for p in _local(task))
+    # Gradients of earlier micro-batches are there when the next begins; AdamW's two moments come with the first update.
+    fixed = needs[0] - per_image * sizes[0] + (1 + 2 * (not moments_exist)) * parameters
+    budget = _budget(device)
     fitting = [d for d in range(1, share + 1) if share % d == 0 and fixed + per_image * d <= budget]
     chosen = min(gather_objects(max(fitting, default=0), accelerator))
     if chosen == 0:
@@ -81,7 +104,10 @@ def _local(task: nn.Module) -> list[Tensor]:
 
 
 def _measure(task: nn.Module, batch: dict[str, Tensor], accelerator: Accelerator) -> float:
-    """Return the bytes that a forward and a backward pass hold at most; on GPUs everything held is counted."""
+    """Return the bytes that a forward and a backward pass hold at most, without gradients that were there before.
+
+    On a GPU its peak, with all that was held already; on a CPU what is saved for the backward pass.
+    """
     device = accelerator.device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     seen: dict[int, int] = {}
@@ -96,24 +122,20 @@ def _measure(task: nn.Module, batch: dict[str, Tensor], accelerator: Accelerator
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), accelerator.autocast():
         loss = task(batch)["loss"]
     loss.backward()
-    gradients = sum(p.numel() * p.element_size() for p in _local(task))
     task.zero_grad(set_to_none=True)
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     for parameter in _local(task):
         seen.pop(parameter.untyped_storage().data_ptr(), None)
-    return float(sum(seen.values()) + gradients)
+    return float(sum(seen.values()))
 
 
 def _budget(device: torch.device) -> float:
     """Return the bytes that may be used: on a GPU of all that is not another program's, on a CPU of what is free."""
     if device.type == "cuda":
         return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError as error:
-        raise RuntimeError(
-            f"micro_batch=auto cannot ask for the free memory of {device.type} here; give a number: --micro-batch 64"
-        ) from error
-    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))  # in KiB
-    return CPU_SHARE * 1024 * free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = psutil.virtual_memory().available
+    for limit, used in CGROUPS:  # a container may have less than the machine
+        if limit.exists() and (most := limit.read_text().strip()).isdigit():
+            free = min(free, int(most) - int(used.read_text()))
+    return CPU_SHARE * free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -34,10 +34,10 @@ from hf_mae.training.checkpoint import (
 from hf_mae.training.distributed import agree, gather_objects
 from hf_mae.training.monitors import Printer, Window, read_rows
 
-MAX_MICRO_BATCH = 64
-"""Micro-batch when none is given: the largest divisor of a process's share up to this."""
-
-PACKAGES = ("hf_mae", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "pyarrow", "safetensors")
+PACKAGES = (
+    *("hf_mae", "torch", "transformers", "accelerate", "datasets", "numpy"),
+    *("pillow", "simplejpeg", "pyarrow", "safetensors"),
+)
 
 BITWISE = ("processes", "micro_batch", "device", "cpu_threads")
 """What the last bits of a sum depend on besides the recipe, as recorded in environment.json."""
@@ -180,7 +180,11 @@ def record_start(
     path = out / "environment.json"
     starts = json.loads(path.read_text())["starts"] if path.exists() and state.step else []
     if starts:
-        before, now = ({k: s[k] for k in BITWISE} | {"torch": s["packages"]["torch"]} for s in (starts[-1], start))
+        packages = ("torch", "pillow", "simplejpeg")  # what computes and what decodes
+        before, now = (
+            {k: s[k] for k in BITWISE} | {k: s["packages"].get(k, "absent") for k in packages}
+            for s in (starts[-1], start)
+        )
         if changed := [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]:
             say(f"note: {'; '.join(changed)}: the run goes on, equal up to rounding but not to the last bit")
     write_atomic(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
@@ -202,49 +206,14 @@ def require_same_on_all_ranks(values: Mapping[str, Any], accelerator: Accelerato
             )
 
 
-def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None = None) -> int:
-    """Return the images per process and forward pass.
-
-    Args:
-        recipe: with the global batch and the wish.
-        processes: that share the global batch.
-        measured: what `auto` stands for, once it is known; until then it counts as not given.
-
-    Raises:
-        ValueError: the global batch does not divide evenly.
-    """
-    batch, micro = recipe.global_batch, recipe.micro_batch
-    if batch < 1:
-        raise ValueError(f"global_batch={batch} must be at least 1")
-    if batch % processes:
-        below = batch - batch % processes
-        raise ValueError(
-            f"global_batch={batch} is not divisible by {processes} processes; use "
-            f"{' or '.join(str(b) for b in (below, below + processes) if b)}"
-        )
-    share, repeats = batch // processes, recipe.data.repeats
-    if share % repeats:
-        raise ValueError(
-            f"global_batch={batch} gives each of {processes} processes {share} samples, not a multiple of "
-            f"data.repeats={repeats}; use a multiple of {processes * repeats}"
-        )
-    micro = measured if micro == "auto" else micro
-    if micro is None:
-        return max(d for d in range(1, min(share, MAX_MICRO_BATCH) + 1) if share % d == 0)
-    if micro < 1 or share % micro:
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        nearest = sorted(divisors, key=lambda d: abs(math.log(d / max(micro, 1))))[:2]
-        raise ValueError(
-            f"micro_batch={micro} does not divide the {share} images each process takes of global_batch={batch}; use "
-            f"{' or '.join(map(str, sorted(nearest)))}"
-        )
-    return micro
-
-
 def last_micro_batch(out: Path, share: int, accelerator: Accelerator) -> int | None:
     """Return the micro-batch of the run's last start, if it divides `share`: a resumed run then keeps its bits."""
-    found = None
+    found, error = None, None
     if accelerator.is_main_process and (path := out / "environment.json").exists():
-        found = json.loads(path.read_text())["starts"][-1]["micro_batch"]
+        try:
+            found = json.loads(path.read_text())["starts"][-1]["micro_batch"]
+        except (ValueError, KeyError, IndexError) as caught:
+            error = ValueError(f"{path} cannot be read ({caught}); give --micro-batch a number")
+    agree(error, accelerator, "reading the last micro-batch")
     found = gather_objects(found, accelerator)[0]
     return found if found is not None and share % found == 0 else None

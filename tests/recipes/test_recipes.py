@@ -8,9 +8,20 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from hf_mae import MAEConfig
-from hf_mae.recipes.base import HARMLESS, Data, Model, Optim, Recipe, changed_fields, check, flat, from_dict, to_dict
+from hf_mae.recipes.base import (
+    HARMLESS,
+    Data,
+    Model,
+    Optim,
+    Recipe,
+    changed_fields,
+    check,
+    choose_micro_batch,
+    flat,
+    from_dict,
+    to_dict,
+)
 from hf_mae.recipes.mae import PRESETS
-from hf_mae.training.run_folder import choose_micro_batch
 from hf_mae.training.schedules import make_plan
 
 PAPER = ["mae-vit-b-800ep", "mae-vit-l-1600ep", "mae-vit-h-400ep"]
@@ -141,3 +152,15 @@ def test_numbers_that_make_no_sense_are_refused(field, value, rule):
     with pytest.raises(ValueError, match=f"^{field}=") as caught:
         check(recipe)
     assert rule in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("engine.checkpoint_activations", True), ("data.decoder", "Fast"), ("micro_batch", "Auto")],
+)
+def test_a_choice_that_does_not_exist_is_refused(field, value):
+    group, _, name = field.rpartition(".")
+    recipe = PRESETS["quickstart"]
+    changed = replace(getattr(recipe, group), **{name: value}) if group else value
+    with pytest.raises(ValueError, match=rf"{field}={value!r} is unknown; use one of "):
+        check(replace(recipe, **{group or name: changed}))

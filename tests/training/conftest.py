@@ -125,6 +125,7 @@ class ToyRun:
     batches: Any = None
     evaluators: tuple[Any, ...] = ()
     compile_backend: Any = None
+    config: dict[str, Any] = field(default_factory=dict)
     make_accelerator: Any = cpu_accelerator
     interrupt = staticmethod(interrupt)
 
@@ -137,7 +138,8 @@ class ToyRun:
         rank, world = accelerator.process_index, accelerator.num_processes
         plan = make_plan(self.recipe, steps_per_epoch=5)
         torch.manual_seed(0)
-        model = MAEForPreTraining(MAEConfig(**CONFIG))
+        model = MAEForPreTraining(MAEConfig(**(CONFIG | self.config)))
+        model.checkpoint_activations(self.recipe.engine.checkpoint_activations)
         for block in [*model.blocks, *model.decoder_blocks] if self.compile_backend is not None else []:
             block.compile(fullgraph=True, dynamic=False, backend=self.compile_backend)
         task = Pretraining(model, (0.5,) * 3, (0.5,) * 3)

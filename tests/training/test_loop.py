@@ -111,7 +111,8 @@ def test_no_step_waits_for_a_number_outside_log_and_save_steps(toy, monkeypatch,
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at it (torch 2.14)
-def test_blocks_compiled_one_by_one_have_no_breaks_and_few_graphs(toy):
+@pytest.mark.parametrize("what", ["none", "gelu", "blocks"])
+def test_blocks_compiled_one_by_one_have_no_breaks_and_few_graphs(toy, what):
     """Regional compilation: one graph each for encoder, decoder and last decoder block; evaluations stay eager."""
     graphs, seen = [], []
 
@@ -125,12 +126,13 @@ def test_blocks_compiled_one_by_one_have_no_breaks_and_few_graphs(toy):
                 seen.append(task.features(torch.zeros(1 + step, 3, 16, 16, dtype=torch.uint8)).shape[0])
             return super().__call__(task, step)
 
-    expected = replace(toy, out=toy.out.with_name("eager"))
+    toy = toy.change(engine=replace(toy.recipe.engine, compile=True, checkpoint_activations=what), max_steps=8)
+    expected = replace(toy, out=toy.out.with_name("eager"), config={"decoder_num_hidden_layers": 2})
     expected.train()
     torch._dynamo.reset()
-    run = replace(toy, compile_backend=count, evaluators=(Evaluate(),))
+    run = replace(expected, out=toy.out, compile_backend=count, evaluators=(Evaluate(),))
     run.train()
-    assert len(graphs) == 2  # one decoder block, which is the last; encoder blocks share theirs
+    assert len(graphs) == 3
     assert len(seen) > 2
     assert [r["loss"] for r in rows(run) if "loss" in r] == pytest.approx([r["loss"] for r in rows(expected)], rel=1e-5)
 

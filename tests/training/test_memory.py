@@ -67,8 +67,8 @@ def sample(n):
 @pytest.mark.parametrize("images", [3, 8, 17])
 def test_the_largest_divisor_within_the_budget_is_chosen(task, monkeypatch, images):
     accelerator = Accelerator(cpu=True)
-    moments = sum(8 * p.numel() for p in task.parameters())
-    needed = memory._measure(task, sample(images), accelerator) + moments  # measured, not extrapolated
+    gradients_and_moments = sum(12 * p.numel() for p in task.parameters())
+    needed = memory._measure(task, sample(images), accelerator) + gradients_and_moments  # measured, not extrapolated
     monkeypatch.setattr(memory, "_budget", lambda device: 1.02 * needed)
     assert largest_micro_batch(task, sample, 48, accelerator) == {3: 3, 8: 8, 17: 16}[images]
 
@@ -85,3 +85,16 @@ def test_when_nothing_fits_the_error_says_what_helps(task, monkeypatch):
     monkeypatch.setattr(memory, "_budget", lambda device: 1000.0)
     with pytest.raises(RuntimeError, match=r"one image needs .* GB .* --engine.checkpoint-activations blocks"):
         largest_micro_batch(task, sample, 8, Accelerator(cpu=True))
+
+
+def test_a_container_may_have_less_memory_than_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUPS", [])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    whole = memory._budget(torch.device("cpu"))
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(memory, "CGROUPS", [(limit, used)])
+    used.write_text("400000000\n")
+    limit.write_text("max\n")
+    assert memory._budget(torch.device("cpu")) == pytest.approx(whole, rel=0.2)  # other programs come and go
+    limit.write_text("1400000000\n")
+    assert memory._budget(torch.device("cpu")) == memory.CPU_SHARE * 1e9 / 2

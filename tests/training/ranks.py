@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_mae.evaluation.features import extract_features
 from hf_mae.recipes.base import Engine
+from hf_mae.training import memory
 from hf_mae.training.distributed import agree, full, make_accelerator
 from hf_mae.training.monitors import Window
 
@@ -112,6 +113,28 @@ def main():
     results["fsdp_resumes_exactly"] = same(whole(again), whole(fsdp))
     shadow = {k: full(v) for k, v in again.average.state().items()}
     results["fsdp_average_resumes_exactly"] = same(shadow, {k: full(v) for k, v in fsdp.average.state().items()})
+
+    # What is computed again changes no bit of a sharded step.
+    gelu = fsdp.change(engine=replace(fsdp.recipe.engine, checkpoint_activations="gelu"))
+    gelu = replace(gelu, out=FOLDER / "fsdp_gelu")
+    gelu.train()
+    results["fsdp_gelu_is_exact"] = same(whole(gelu), whole(fsdp))
+
+    # The micro-batch that fits on the rank with less memory is taken by both.
+    def sample(n):
+        return {"pixel_values": torch.zeros(n, 3, 16, 16, dtype=torch.uint8), "noise": torch.rand(n, 16)}
+
+    for name, run in (("ddp", finished), ("fsdp", again)):
+        inner, before = accelerator.unwrap_model(run.task), whole(run)
+        needed = memory._measure(inner, sample(5), accelerator)  # on both: it gathers shards
+        sizes = []
+        for budget in (1e9, 1e9 if RANK == 0 else needed + 1e6):
+            memory._budget = lambda device, budget=budget: budget
+            sizes.append(memory.largest_micro_batch(inner, sample, 64, accelerator))
+        everyone = [None, None]
+        torch.distributed.all_gather_object(everyone, sizes)
+        results[f"{name}_micro_batches"] = everyone
+        results[f"{name}_is_untouched"] = same(whole(run), before)
 
     # Features of 11 images on two ranks: each once, in order, the same under DDP and FSDP2.
     images = torch.randint(0, 256, (11, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))

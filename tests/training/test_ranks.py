@@ -101,6 +101,18 @@ def test_fsdp2_resumes_exactly_moving_average_included(results):
     assert results["fsdp_average_resumes_exactly"]
 
 
+def test_computing_the_gelu_again_changes_no_bit_of_a_sharded_step(results):
+    assert results["fsdp_gelu_is_exact"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_rank_with_less_memory_decides_the_micro_batch(results, kind):
+    (wide, narrow), other = results[f"{kind}_micro_batches"]
+    assert [wide, narrow] == other
+    assert wide == 64 > narrow >= 1
+    assert results[f"{kind}_is_untouched"]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_features_of_two_ranks_are_those_of_one_in_the_order_of_the_images(launched, results, toy, kind):
     one = replace(toy, micro_batch=4)

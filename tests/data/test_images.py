@@ -152,7 +152,12 @@ def test_every_prefix_of_a_file_is_an_image_or_an_image_error(kind):
             decode_image(data[:end])
 
 
-AVIF = pytest.param("AVIF", marks=pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF"))
+AVIF = pytest.param(
+    "AVIF",
+    marks=pytest.mark.skipif(
+        "avif" not in features.modules or not features.check("avif"), reason="this Pillow has no AVIF"
+    ),
+)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", AVIF])

@@ -14,7 +14,7 @@ What each variant is. All have the same sizes, batch, weights in float32 and nor
 `lightly-best`        fused AdamW.
 `ours`                as `hf_mae.pretrain` builds it: the task, fused AdamW, freed memory kept (glibc).
 `ours-plain-memory`   glibc's own settings.
-A name followed by +compile compiles each transformer block.
+A name followed by +compile compiles each transformer block, by +bf16 computes the loss under autocast to bfloat16.
 
 Others are given float images, normalised beforehand; ours starts from uint8. That is to their advantage.
 """
@@ -25,7 +25,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 from unittest import mock
@@ -312,9 +312,19 @@ def ours(
     return Method(task, loss, optimizer, uint8=True)
 
 
+def autocast_to_bf16(loss: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Return the same under autocast."""
+
+    def inner(pixel_values: Tensor, noise: Tensor | None) -> Tensor:
+        with torch.autocast(pixel_values.device.type, torch.bfloat16):
+            return loss(pixel_values, noise)
+
+    return inner
+
+
 def make_method(name: str, sizes: Sizes, checkout: str | None) -> Method:
     """Build a variant by its name."""
-    plain, _, compiled = name.partition("+")
+    plain, _, extra = name.partition("+")
     family, best = plain.removesuffix("-best"), plain.endswith("-best")
     if family == "official":
         assert checkout is not None
@@ -327,7 +337,9 @@ def make_method(name: str, sizes: Sizes, checkout: str | None) -> Method:
         again = "gelu" if plain == "ours-gelu-again" else "none"
         method = ours(sizes, keep_memory=plain != "ours-plain-memory", checkpoint=again)
     method.model.train()
-    if compiled:
+    if extra == "bf16":
+        method = replace(method, loss=autocast_to_bf16(method.loss))
+    elif extra == "compile":
         for module in method.model.modules():
             if type(module).__name__ in ("Block", "ViTMAELayer"):
                 module.compile()

@@ -172,13 +172,11 @@ def official(sizes: Sizes, checkout: str, *, best: bool) -> Method:
     return Method(model, loss, adamw(model, fused=best), before_update=(lambda loss: None) if best else read)
 
 
-def transformers(sizes: Sizes, *, best: bool) -> Method:
-    """ViTMAEForPreTraining."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+def vit_mae_config(sizes: Sizes, **changes: Any) -> Any:
+    """Return transformers' configuration of these sizes."""
+    from transformers import ViTMAEConfig
 
-    from hf_mae.models.pos_embed import sincos_pos_embed
-
-    config = ViTMAEConfig(
+    return ViTMAEConfig(
         image_size=sizes.image,
         patch_size=sizes.patch,
         hidden_size=sizes.width,
@@ -192,7 +190,17 @@ def transformers(sizes: Sizes, *, best: bool) -> Method:
         layer_norm_eps=1e-6,
         mask_ratio=sizes.mask_ratio,
         norm_pix_loss=True,
+        **changes,
     )
+
+
+def transformers(sizes: Sizes, *, best: bool) -> Method:
+    """ViTMAEForPreTraining."""
+    from transformers import ViTMAEForPreTraining
+
+    from hf_mae.models.pos_embed import sincos_pos_embed
+
+    config = vit_mae_config(sizes)
     model = ViTMAEForPreTraining(config)
     assert model.config._attn_implementation == "sdpa"  # its default
     side = sizes.image // sizes.patch

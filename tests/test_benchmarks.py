@@ -117,23 +117,9 @@ def test_table_is_markdown():
 
 def reference_flops(sizes) -> int:
     """Count the matrix products of transformers' model, forward and backward, with attention as products."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    from transformers import ViTMAEForPreTraining
 
-    config = ViTMAEConfig(
-        image_size=sizes.image,
-        patch_size=sizes.patch,
-        hidden_size=sizes.width,
-        num_hidden_layers=sizes.depth,
-        num_attention_heads=sizes.heads,
-        intermediate_size=4 * sizes.width,
-        decoder_hidden_size=sizes.decoder_width,
-        decoder_num_hidden_layers=sizes.decoder_depth,
-        decoder_num_attention_heads=sizes.decoder_heads,
-        decoder_intermediate_size=4 * sizes.decoder_width,
-        mask_ratio=sizes.mask_ratio,
-        attn_implementation="eager",
-    )
-    model = ViTMAEForPreTraining(config)
+    model = ViTMAEForPreTraining(script("methods").vit_mae_config(sizes, attn_implementation="eager"))
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, sizes.image, sizes.image)).loss.backward()
     return counter.get_total_flops()

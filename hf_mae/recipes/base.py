@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, cast, get_args, get_origin, get_type_hints
 
 Size: TypeAlias = int | tuple[int, int]
 """One side of a square, or (height, width)."""
@@ -116,8 +116,9 @@ class Data:
 class Augment:
     """From a decoded image to `image_size`."""
 
-    crop: Literal["random-resized", "fixed", "center"] = "random-resized"
-    """Random resized crop; random crop after resizing the short side (paper, Table 1e "fixed size"); or centre."""
+    crop: Literal["random-resized", "clamped", "fixed", "center"] = "random-resized"
+    """Random resized crop; the same with sides clamped to the image instead of ten tries (the official linear probe);
+    random crop after resizing the short side (paper, Table 1e "fixed size"); or centre."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Area fraction of a random resized crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -126,6 +127,10 @@ class Augment:
     """Mirror half of the images."""
     color_jitter: float = 0.0
     """Strength of brightness, contrast and saturation jitter (paper, Table 1e "color jit"); 0 is off."""
+    rand_augment: str | None = None
+    """RandAugment as timm writes it: `rand-m9-mstd0.5-inc1` is magnitude 9, its deviation .5, the increasing ops."""
+    erase_prob: float = 0.0
+    """Share of the images of which a rectangle is filled with noise (random erasing, timm's `pixel` mode)."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Per-channel mean of the input, after scaling to [0, 1]."""
     std: tuple[float, ...] = IMAGENET_STD
@@ -205,6 +210,10 @@ class Engine:
     """How many of the newest checkpoints to keep."""
 
 
+Rule: TypeAlias = tuple[str, str, Callable[[Any], bool]]
+"""What a number may be: field, rule as a sentence, test."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run."""
@@ -244,26 +253,39 @@ class Recipe:
     evals: Evals = field(default_factory=Evals)
     engine: Engine = field(default_factory=Engine)
 
+    deciding: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `evals` that decide what is learned; the others may change when a run is resumed."""
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    """Rules for the fields that only this kind of recipe has."""
+
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as JSON-able nested dictionaries (tuples become lists when written)."""
     return asdict(recipe)
 
 
-def from_dict(values: Mapping[str, Any]) -> Recipe:
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def from_dict(values: Mapping[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:
     """Rebuild a recipe from `to_dict` or from a recipe.json.
 
+    Args:
+        values: nested dictionaries.
+        kind: the class of the recipe.
+
     Raises:
-        ValueError: a field is unknown to this version, named with its group.
+        ValueError: a field is unknown to this version or to this kind of recipe, named with its group.
     """
-    return cast(Recipe, _build(Recipe, values, ""))
+    return cast(AnyRecipe, _build(kind, values, ""))
 
 
 def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
     known = {f.name for f in fields(cls)}
     if unknown := sorted(set(values) - known):
         raise ValueError(
-            f"recipe field(s) {', '.join(where + u for u in unknown)} are unknown to this version of hf_mae"
+            f"recipe field(s) {', '.join(where + u for u in unknown)} are unknown to a {cls.__name__} of this "
+            "version of hf_mae"
         )
     hints = get_type_hints(cls)
     built: dict[str, Any] = {}
@@ -301,7 +323,6 @@ HARMLESS = frozenset(
         "eval_every",
     }
     | {"data.path", "data.streaming", "data.workers", "data.max_bad_fraction", "data.revision"}
-    | {f"evals.{f.name}" for f in fields(Evals)}
     | {f"engine.{f.name}" for f in fields(Engine) if f.name not in {"precision", "tf32"}}
 )
 """Fields that may change when a run is resumed. The data may move: names and sizes of its files are compared."""
@@ -310,11 +331,15 @@ HARMLESS = frozenset(
 def changed_fields(saved: Recipe, current: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return `{field: (saved, current)}` of the fields that differ and decide what is learned."""
     before, now = flat(saved), flat(current)
-    return {k: (before[k], now[k]) for k in now if before[k] != now[k] and k not in HARMLESS}
+    return {
+        k: (before.get(k), now[k])
+        for k in now
+        if before.get(k) != now[k] and k not in HARMLESS and (not k.startswith("evals.") or k in saved.deciding)
+    }
 
 
-# What each number may be: (field, rule as a sentence, test). NaN fails every comparison, so it is refused as well.
-_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+# NaN fails every comparison, so it is refused as well.
+_RULES: tuple[Rule, ...] = (
     ("seed", "must lie in 0 .. 4294967295", lambda v: 0 <= v < 2**32),
     ("epochs", "must be above 0 and finite", lambda v: 0 < v < float("inf")),
     ("max_steps", "must be at least 1; leave it out to train for `epochs`", lambda v: v is None or v >= 1),
@@ -329,11 +354,12 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.max_bad_fraction", "must lie in 0 .. 1", lambda v: 0 <= v <= 1),
     ("data.repeats", "must be at least 1", lambda v: v >= 1),
     ("data.max_pixels", "must be at least 1", lambda v: v >= 1),
-    ("model.num_channels", "must be 3 (read as RGB) or 1 (read as grey)", lambda v: v in (1, 3)),
+    ("model.num_channels", "must be 3 (read as RGB) or 1 (read as grey)", lambda v: v in (None, 1, 3)),
     ("model.mask_ratio", "must lie between 0 and 1: without a removed patch there is no loss", lambda v: 0 < v < 1),
     ("augment.scale", "must be two areas with 0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1),
     ("augment.ratio", "must be two aspects with 0 < low <= high", lambda v: 0 < v[0] <= v[1] < float("inf")),
     ("augment.color_jitter", "must lie in 0 .. 1", lambda v: 0 <= v <= 1),
+    ("augment.erase_prob", "must lie in 0 .. 1", lambda v: 0 <= v <= 1),
     ("augment.std", "must be positive numbers", lambda v: all(0 < x < float("inf") for x in v)),
     ("optim.base_lr", "must be above 0 and finite", lambda v: 0 < v < float("inf")),
     ("optim.weight_decay", "must be at least 0 and finite", lambda v: 0 <= v < float("inf")),
@@ -357,8 +383,8 @@ def check(recipe: Recipe) -> None:
         ValueError: the first field out of its range, with its value and the rule.
     """
     values = flat(recipe)
-    for name, rule, holds in _RULES:
-        if not holds(values[name]):
+    for name, rule, holds in (*_RULES, *recipe.rules):
+        if name in values and not holds(values[name]):
             raise ValueError(f"{name}={values[name]} {rule}")
     _check_choices(recipe)
     lr = recipe.optim.base_lr * recipe.global_batch / 256
@@ -373,11 +399,11 @@ def check(recipe: Recipe) -> None:
             "made of each image; choose a multiple"
         )
     for name in ("mean", "std"):
-        given = values[f"augment.{name}"]
-        if len(given) != recipe.model.num_channels:
-            example = " ".join(["0.5"] * recipe.model.num_channels)
+        given, channels = values[f"augment.{name}"], values["model.num_channels"]
+        if channels is not None and len(given) != channels:
+            example = " ".join(["0.5"] * channels)
             raise ValueError(
-                f"augment.{name}={given} has {len(given)} values but model.num_channels={recipe.model.num_channels}; "
+                f"augment.{name}={given} has {len(given)} values but model.num_channels={channels}; "
                 f"give one per channel, such as --augment.{name} {example}"
             )
     if recipe.evals.split is not None and recipe.evals.split == (recipe.data.split or "train"):

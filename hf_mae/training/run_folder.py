@@ -125,7 +125,7 @@ def _choose_checkpoint(recipe: Recipe, out: Path) -> tuple[Path | None, list[str
 
 
 def _check_recipe(recipe: Recipe, checkpoint: Path) -> None:
-    if changed := changed_fields(from_dict(read_recipe(checkpoint)), recipe):
+    if changed := changed_fields(from_dict(read_recipe(checkpoint), type(recipe)), recipe):
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
         raise ValueError(
             f"{checkpoint} was written by another recipe: {listed}. Use the saved values to continue, or another "

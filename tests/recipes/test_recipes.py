@@ -33,7 +33,7 @@ def test_every_preset_survives_json_and_builds(name):
     assert recipe.name == name
     assert recipe.source
     assert recipe.expected
-    assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+    assert from_dict(json.loads(json.dumps(to_dict(recipe))), type(recipe)) == recipe
     config = MAEConfig(**asdict(recipe.model))
     assert config.len_keep >= 1
     plan = make_plan(recipe, steps_per_epoch=100)
@@ -71,7 +71,7 @@ def test_an_unknown_field_is_named():
     values = to_dict(PRESETS["quickstart"])
     values["optim"] = values["optim"] | {"momentum": 0.9}
     with pytest.raises(ValueError, match=r"field\(s\) optim.momentum are unknown"):
-        from_dict(values)
+        from_dict(values, Recipe)
 
 
 def test_changes_that_alter_learning_are_told_from_harmless_ones():

@@ -84,7 +84,7 @@ class ClassifierEvals:
 
     split: str | None = None
     """Labelled split to test on; None takes `validation` or `test`."""
-    best: Literal["top1", "loss", "ema_top1"] = "top1"
+    best: Literal["top1", "eval_loss", "ema_top1"] = "top1"
     """The number that decides which model is kept as the best."""
     patience: int | None = None
     """Stop after this many evaluations without a better one; None trains to the end."""

@@ -46,6 +46,11 @@ def steps_per_epoch(rows: int, global_batch: int, remainder: Remainder) -> float
     return float(rows // global_batch)
 
 
+def images_per_epoch(rows: int, images: int, remainder: Remainder) -> int:
+    """Return the images of one epoch, `images` of which make a global batch: all rows, or those of whole batches."""
+    return rows if remainder == "carry" else int(steps_per_epoch(rows, images, remainder)) * images
+
+
 def loader_state(
     source: Source, order: Order, global_batch: int, remainder: Remainder, repeats: int = 1
 ) -> dict[str, Any]:
@@ -162,9 +167,9 @@ class Stream:
         self._source, self._order = source, order
         self.global_batch, self.rank, self.world = global_batch, rank, world
         self.cursor, self.stop, self.ahead = cursor, stop, ahead
-        steps = steps_per_epoch(order.num_rows, global_batch, remainder)
+        steps_per_epoch(order.num_rows, global_batch, remainder)  # refuses what leaves nothing
         # Rows of an epoch that are used.
-        self.length = order.num_rows if remainder == "carry" else int(steps) * global_batch
+        self.length = images_per_epoch(order.num_rows, global_batch, remainder)
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")
         self._live: dict[int, _Live] = {}
         # Per slot (a lane, followed over epochs): its open windows (epoch, lane, window) and their chunks.

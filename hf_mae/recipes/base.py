@@ -258,6 +258,11 @@ class Recipe:
     rules: ClassVar[tuple[Rule, ...]] = ()
     """Rules for the fields that only this kind of recipe has."""
 
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether images of a micro-batch are mixed in pairs, so that it must be even."""
+        return False
+
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as JSON-able nested dictionaries (tuples become lists when written)."""
@@ -430,9 +435,10 @@ MAX_MICRO_BATCH = 64
 """Micro-batch when none is given: the largest divisor of a process's share up to this."""
 
 
-def largest_divisor(number: int, limit: int) -> int:
-    """Return the largest divisor of `number` that is at most `limit`; 0 if there is none."""
-    return max((d for d in range(1, min(number, limit) + 1) if number % d == 0), default=0)
+def largest_divisor(number: int, limit: int, *, even: bool = False) -> int:
+    """Return the largest (even) divisor of `number` that is at most `limit`; 0 if there is none."""
+    step = 1 + even
+    return max((d for d in range(step, min(number, limit) + 1, step) if number % d == 0), default=0)
 
 
 def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None = None) -> int:
@@ -461,13 +467,21 @@ def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None =
             f"global_batch={batch} gives each of {processes} processes {share} samples, not a multiple of "
             f"data.repeats={repeats}; use a multiple of {processes * repeats}"
         )
+    even = recipe.mixes_pairs
+    if even and share % 2:
+        raise ValueError(
+            f"global_batch={batch} gives each of {processes} process(es) {share} images, an odd number, and mixup and "
+            f"cutmix mix pairs; use a multiple of {2 * processes}"
+        )
     if micro == "auto" or micro is None:
-        micro = measured if micro == "auto" and measured is not None else largest_divisor(share, MAX_MICRO_BATCH)
-    if micro < 1 or share % micro:
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        limit = measured if micro == "auto" and measured is not None else MAX_MICRO_BATCH
+        micro = largest_divisor(share, max(limit, 1 + even), even=even)
+    if micro < 1 or share % micro or (even and micro % 2):
+        divisors = [d for d in range(1 + even, share + 1, 1 + even) if share % d == 0]
         nearest = sorted(divisors, key=lambda d: abs(math.log(d / max(micro, 1))))[:2]
         raise ValueError(
-            f"micro_batch={micro} does not divide the {share} images each process takes of global_batch={batch}; use "
+            f"micro_batch={micro} does not divide the {share} images each process takes of global_batch={batch}"
+            f"{' into even parts, which mixup and cutmix need' if even else ''}; use "
             f"{' or '.join(map(str, sorted(nearest)))}"
         )
     return micro

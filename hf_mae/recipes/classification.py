@@ -140,6 +140,11 @@ class ClassifierRecipe(Recipe):
         ),
     )
 
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether mixup or cutmix is on."""
+        return self.augment.mixup > 0 or self.augment.cutmix > 0
+
 
 def check_classifier(recipe: ClassifierRecipe) -> None:
     """Refuse what makes no sense before anything is opened or made.
@@ -158,12 +163,11 @@ def check_classifier(recipe: ClassifierRecipe) -> None:
             f"trainable_blocks={recipe.trainable_blocks} would freeze an encoder that has learned nothing; name a "
             "pretrained one with --init-from"
         )
-    mixing = recipe.augment.mixup > 0 or recipe.augment.cutmix > 0
-    if mixing and recipe.cached_features:
+    if recipe.mixes_pairs and recipe.cached_features:
         raise ValueError(
             "augment.mixup and augment.cutmix mix pixels, and cached_features=True has none; set both to 0"
         )
-    if mixing and recipe.global_batch % 2:
+    if recipe.mixes_pairs and recipe.global_batch % 2:
         raise ValueError(
             f"global_batch={recipe.global_batch} is odd, and mixup and cutmix mix pairs of images; use "
             f"{recipe.global_batch + 1}"

@@ -1,14 +1,19 @@
 """How good are the features? Nearest neighbours, a logistic probe, and the effective rank.
 
-All are made from one pass over fixed images with the centre crop: mean of the patch tokens, nothing masked.
+All are made from one pass over fixed images with the centre crop: what the task's `features` gives (in pretraining the
+mean of the patch tokens, nothing masked; in classification what the head reads).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 
@@ -36,10 +41,47 @@ def extract_features(task: nn.Module, images: Tensor, accelerator: Accelerator, 
     return accelerator.gather(torch.cat(parts))[: len(images)].cpu()  # type: ignore[union-attr]
 
 
+@torch.no_grad()
+def split_features(
+    task: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode a whole split once, every rank its own rows. A collective: call it on all ranks.
+
+    Args:
+        task: the prepared task; its `features` method is used.
+        batches: this rank's batches, as many on every rank: `pixel_values` (uint8 [n, C, H, W]), `labels` and `rows`
+            (int64 [n]). n may be 0.
+        accelerator: carries device, precision and ranks.
+
+    Returns:
+        Features (float32 [N, D]), labels (int64 [N]) and row numbers (int64 [N]) of all ranks' examples, in the order
+        of the rows, on the CPU of every rank: 4 * N * D bytes there.
+    """
+    inner, device, found = accelerator.unwrap_model(task), accelerator.device, []
+    for batch in batches:
+        with accelerator.autocast():
+            features = inner.features(batch["pixel_values"].to(device)).float()
+        parts: Any = [features, batch["labels"].to(device), batch["rows"].to(device)]
+        if accelerator.num_processes > 1:  # ranks may hold fewer rows: filled up with row -1, left out again below
+            padded: Any = [accelerator.pad_across_processes(part, pad_index=-1) for part in parts]
+            parts = [accelerator.gather(part) for part in padded]
+        known = parts[2] >= 0
+        found.append([part[known].cpu() for part in parts])
+    features, labels, rows = (torch.cat(column) for column in zip(*found, strict=True))
+    order = rows.argsort()
+    return features[order], labels[order], rows[order]
+
+
 def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20, temperature: float = 0.07
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float | None = 0.07,
 ) -> float:
-    """Return the top-1 accuracy of weighted k-nearest-neighbour voting by cosine similarity.
+    """Return the top-1 accuracy of k-nearest-neighbour voting by cosine similarity.
 
     Args:
         train: [N, D] features of the bank.
@@ -47,7 +89,8 @@ def knn_accuracy(
         test: [M, D] features to classify.
         test_labels: [M] class indices.
         k: neighbours that vote (fewer if the bank is smaller).
-        temperature: a vote weighs exp(similarity / temperature).
+        temperature: a vote weighs exp(similarity / temperature). None is a plain majority: every vote weighs the same,
+            and of classes with as many votes the one with the larger sum of similarities wins.
 
     Returns:
         Fraction of `test` classified correctly.
@@ -58,8 +101,11 @@ def knn_accuracy(
     correct = 0
     for rows, labels in zip(F.normalize(test, dim=1).split(512), test_labels.split(512), strict=True):
         similarity, neighbours = (rows @ bank.T).topk(k, dim=1)
-        votes = torch.zeros(len(rows), classes)
-        votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
+        # Similarities lie in [-1, 1]: k of them over 4k do not outweigh a vote. float64 keeps both.
+        plain = 1 + similarity.double() / (4 * k)
+        weights = plain if temperature is None else (similarity / temperature).exp()
+        votes = torch.zeros(len(rows), classes, dtype=weights.dtype)
+        votes.scatter_add_(1, train_labels[neighbours], weights)
         correct += int((votes.argmax(1) == labels).sum())
     return correct / len(test_labels)
 
@@ -137,3 +183,54 @@ class FeatureQuality:
             if self.probe and step in {0, self.total}:
                 numbers["probe_accuracy"] = probe_accuracy(*labelled)
         return numbers
+
+
+class FrozenFeatures:
+    """Evaluator: nearest neighbours and a logistic probe on the encoder's features, before the first update.
+
+    What the encoder knows before anything is trained: the cheap protocols beside the linear probe. The features come
+    from the batches' own transform, without augmentation.
+
+    Args:
+        train: one pass gives this rank's batches of the training split (see `split_features`).
+        test: the same of the split to classify.
+        accelerator: carries device, precision and ranks.
+        knn: nearest neighbours, weighted and plain.
+        logistic: logistic regression on standardised features; for up to some ten thousand examples.
+        k: neighbours that vote.
+        temperature: of the weighted vote.
+    """
+
+    def __init__(
+        self,
+        train: Iterable[dict[str, Tensor]],
+        test: Iterable[dict[str, Tensor]],
+        accelerator: Accelerator,
+        *,
+        knn: bool = True,
+        logistic: bool = True,
+        k: int = 20,
+        temperature: float = 0.07,
+    ):
+        self.train, self.test, self.accelerator = train, test, accelerator
+        self.knn, self.logistic, self.k, self.temperature = knn, logistic, k, temperature
+
+    def due(self, step: int, total: int) -> bool:
+        """Return whether to run: once, before the first update, while the encoder is as it was given."""
+        return step == 0 and (self.knn or self.logistic)
+
+    def __call__(self, task: nn.Module, step: int) -> dict[str, float]:
+        """Return `knn_top1`, `knn_plain_top1` and `logistic_top1`, as far as asked for."""
+        train, train_labels, _ = split_features(task, self.train, self.accelerator)
+        test, test_labels, _ = split_features(task, self.test, self.accelerator)
+        numbers: dict[str, float] = {}
+        if self.accelerator.is_main_process:  # the others wait at the broadcast instead of doing the same work
+            labelled = train, train_labels, test, test_labels
+            if self.knn:
+                numbers["knn_top1"] = knn_accuracy(*labelled, k=self.k, temperature=self.temperature)
+                numbers["knn_plain_top1"] = knn_accuracy(*labelled, k=self.k, temperature=None)
+            if self.logistic:
+                numbers["logistic_top1"] = probe_accuracy(*labelled)
+        shared = [numbers]
+        broadcast_object_list(shared)
+        return shared[0]

@@ -10,7 +10,15 @@ from accelerate import Accelerator
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from hf_mae.evaluation.features import FeatureQuality, extract_features, knn_accuracy, probe_accuracy, rankme
+from hf_mae.evaluation.features import (
+    FeatureQuality,
+    FrozenFeatures,
+    extract_features,
+    knn_accuracy,
+    probe_accuracy,
+    rankme,
+    split_features,
+)
 
 
 def blobs(n, seed, classes=4, dim=8, spread=0.3):
@@ -93,3 +101,55 @@ def test_the_evaluator_leaves_out_unlabelled_rows_and_reports_only_what_it_can()
     )
     assert set(FeatureQuality((images, labels), None, Accelerator(cpu=True), every=10)(Flat(), 0)) == {"rankme"}
     assert [s for s in range(1, 26) if quality.due(s, 25)] == [10, 20, 25]
+
+
+def test_plain_voting_is_the_majority_and_breaks_ties_by_similarity():
+    train, labels = blobs(300, 1, spread=1.5)
+    test, expected = blobs(400, 2, spread=1.5)
+    correct = 0
+    for row, truth in zip(test, expected, strict=True):
+        similarity = torch.nn.functional.cosine_similarity(row[None], train).double()
+        near = similarity.argsort(descending=True)[:20].tolist()
+        sums = dict.fromkeys(range(4), (0, 0.0))
+        for i in near:
+            votes, total = sums[int(labels[i])]
+            sums[int(labels[i])] = votes + 1, total + float(similarity[i])
+        correct += max(sums, key=lambda c: sums[c]) == truth
+    assert knn_accuracy(train, labels, test, expected, temperature=None) == correct / 400
+
+
+def test_plain_voting_differs_from_weighted_where_the_nearest_is_outvoted():
+    train = torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.5, 1.1]])
+    labels, test, expected = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    assert knn_accuracy(train, labels, test, expected, k=3) == 1
+    assert knn_accuracy(train, labels, test, expected, k=3, temperature=None) == 0
+
+
+def as_batches(features, labels, order, size=16):
+    """Rows in the order given, as a loader over ranks would mix them; the last batch is empty."""
+    parts = [*torch.tensor(order).split(size), torch.tensor([], dtype=torch.int64)]
+    return [{"pixel_values": features[p].view(-1, 2, 2, 2), "labels": labels[p], "rows": p} for p in parts]
+
+
+def test_split_features_come_in_the_order_of_the_rows():
+    features, labels = blobs(60, 1)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(3)).tolist()
+    got = split_features(Flat(), as_batches(features, labels, order), Accelerator(cpu=True))
+    assert torch.equal(got[0], features)
+    assert torch.equal(got[1], labels)
+    assert got[2].tolist() == list(range(60))
+
+
+def test_frozen_features_are_measured_once_before_the_first_update():
+    train, labels = blobs(80, 1, spread=1.0)
+    test, expected = blobs(40, 2, spread=1.0)
+    evaluator = FrozenFeatures(
+        as_batches(train, labels, range(80)), as_batches(test, expected, range(40)), Accelerator(cpu=True)
+    )
+    assert [step for step in range(11) if evaluator.due(step, 10)] == [0]
+    assert evaluator(Flat(), 0) == {
+        "knn_top1": knn_accuracy(train, labels, test, expected),
+        "knn_plain_top1": knn_accuracy(train, labels, test, expected, temperature=None),
+        "logistic_top1": probe_accuracy(train, labels, test, expected),
+    }
+    assert not FrozenFeatures([], [], Accelerator(cpu=True), knn=False, logistic=False).due(0, 10)

@@ -63,6 +63,13 @@ class TrainState:
     """State of the fp16 gradient scaler."""
     owes_evaluation: bool = False
     """A signal left no time to evaluate after the last update."""
+    best_value: float | None = None
+    """The best value so far of the number that decides which model is kept."""
+    best_step: int | None = None
+    """Updates done when it was measured."""
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+    """The run has ended before its last update, because it got no better."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +108,9 @@ def save_checkpoint(
     final, temporary = folder / f"step_{state.step:08d}", folder / f".tmp_step_{state.step:08d}"
     inner = accelerator.unwrap_model(task)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered: dict[str, Any] = get_model_state_dict(task, options=options)
-    weights: dict[str, Tensor] = {k.removeprefix(PREFIX): v for k, v in gathered.items()}
+    weights = gather_weights(task)
     moments = get_optimizer_state_dict(task, optimizer, options=options)
-    shadow = {k: full(v).cpu() for k, v in average.state().items()} if average is not None else {}
+    shadow = gather_average(average) if average is not None else {}
 
     error: Exception | None = None
     if accelerator.is_main_process:
@@ -120,7 +126,6 @@ def save_checkpoint(
                 v.numel() * v.element_size() for v in [*weights.values(), *_flat_tensors(moments), *shadow.values()]
             )
             _require_room(folder, sum(sizes))
-            weights = {k: v.contiguous() for k, v in weights.items()}
             inner.write_model(temporary / "model", weights)
             if shadow:
                 inner.write_model(temporary / "model_ema", weights | shadow)
@@ -151,6 +156,18 @@ def save_checkpoint(
             error = _explain(caught, folder)
     agree(error, accelerator, f"writing {final}")
     return final
+
+
+def gather_weights(task: nn.Module) -> dict[str, Tensor]:
+    """Return the model's whole weights and buffers by name, on the CPU of rank 0. A collective."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered: dict[str, Any] = get_model_state_dict(task, options=options)
+    return {k.removeprefix(PREFIX): v.contiguous() for k, v in gathered.items()}
+
+
+def gather_average(average: MovingAverage) -> dict[str, Tensor]:
+    """Return the whole averaged weights by name, on the CPU. A collective."""
+    return {k: full(v).cpu().contiguous() for k, v in average.state().items()}
 
 
 def commit(temporary: Path, final: Path) -> None:
@@ -330,7 +347,8 @@ def load_checkpoint(
         name, kind = key.rsplit("/", 1)
         moments.setdefault(PREFIX + name, {})[kind] = value
     for group in saved["param_groups"]:
-        group["betas"] = tuple(group["betas"])
+        if "betas" in group:  # AdamW; JSON has no tuples
+            group["betas"] = tuple(group["betas"])
         group["params"] = [PREFIX + name for name in group["params"]]
     if moments:
         set_optimizer_state_dict(

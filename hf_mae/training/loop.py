@@ -5,7 +5,7 @@ It knows steps, a task, batches and evaluators, and no protocol by name. Read `f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,6 +21,7 @@ from hf_mae.training.monitors import Clock, Monitor, Window
 from hf_mae.training.optim import MovingAverage
 from hf_mae.training.schedules import Plan, due
 from hf_mae.training.signals import StopSignal
+from hf_mae.training.statistics import RunningStatistics
 
 
 class Batch(Protocol):
@@ -77,8 +78,9 @@ def fit(
     save: Callable[[TrainState, Window], Path],
     evaluators: Sequence[Evaluator] = (),
     average: MovingAverage | None = None,
-) -> Literal["finished", "stopped"]:
-    """Train until `plan.total_steps` updates are done or a signal asks to stop.
+    judge: Callable[[Mapping[str, float], TrainState], bool] | None = None,
+) -> Literal["finished", "stopped", "early"]:
+    """Train until `plan.total_steps` updates are done, a signal asks to stop, or the judge does.
 
     Args:
         task: prepared by Accelerate; returns `{"loss": mean over the micro-batch, ...}`.
@@ -95,9 +97,10 @@ def fit(
         save: writes a checkpoint and returns its folder. A collective.
         evaluators: measured every so often, in this order.
         average: updated after every step.
+        judge: is shown the numbers of every evaluation, keeps what it likes, and says whether to stop. A collective.
 
     Returns:
-        "finished", or "stopped" when a signal ended the run early (a checkpoint was written).
+        "finished"; "stopped" when a signal ended the run, or "early" when the judge did: a checkpoint was written.
 
     Raises:
         FloatingPointError: the loss was not finite; nothing was saved after it.
@@ -105,8 +108,10 @@ def fit(
     per_rank = recipe.global_batch // accelerator.num_processes
     accumulation = per_rank // micro_batch
     clock, waited, pending, saved_step = Clock(), batches.seconds_waiting, [], state.step
+    statistics = RunningStatistics(task)
 
-    def evaluate() -> None:
+    def evaluate() -> bool:
+        """Return whether the judge wants the run to end before its last update."""
         rows = {}
         for evaluator in evaluators:
             if evaluator.due(state.step, plan.total_steps):
@@ -117,10 +122,18 @@ def fit(
                 task.train()
         if rows:
             monitor.evaluated(_position(state, plan) | rows)
+        enough = judge is not None and bool(rows) and judge(rows, state)
+        return enough and state.step < plan.total_steps
 
+    if state.stopped_early:
+        return "early"
     if state.step == 0 or state.owes_evaluation:
-        evaluate()
         state.owes_evaluation = False
+        if evaluate():
+            state.stopped_early = True
+            monitor.sync()
+            save(state, window)
+            return "early"
     clock.lap()
     task.train()
     steps_since_log = 0
@@ -139,7 +152,9 @@ def fit(
                 with accelerator.autocast():
                     losses = task(micro)
                 accelerator.backward(losses["loss"] / accumulation)
+            statistics.collect()
             window.add(losses, state.step)
+        statistics.update(accelerator)
 
         log_now = due(state.step + 1, recipe.log_every, plan.total_steps)
         grad_norm = None
@@ -159,7 +174,8 @@ def fit(
 
         stopping = stop.agreed()
         save_now = due(state.step, recipe.save_every, plan.total_steps) or stopping
-        if log_now or save_now:
+        evaluate_now = any(e.due(state.step, plan.total_steps) for e in evaluators)
+        if log_now or save_now or evaluate_now:
             _refuse_non_finite(window, accelerator, recipe, monitor)
             samples = [sample for rank in gather_objects(pending, accelerator) for sample in rank]
             pending = []
@@ -180,14 +196,16 @@ def fit(
         # When asked to stop there may be little time: save at once, and evaluate after the next start.
         state.owes_evaluation = stopping and state.step < plan.total_steps
         if not state.owes_evaluation:
-            evaluate()
-        if save_now and state.step != saved_step:
+            state.stopped_early = evaluate()
+        if (save_now or state.stopped_early) and state.step != saved_step:
             monitor.sync()
             save(state, window)
             saved_step = state.step
         clock.skip(pause.lap())  # evaluating and saving are not training time
         if state.step >= plan.total_steps:
             break
+        if state.stopped_early:
+            return "early"
         if stopping:
             return "stopped"
     return "finished"

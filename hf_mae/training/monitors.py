@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 from hf_mae.training.distributed import reduce_sum
 
-TIMES = frozenset({"images_per_second", "seconds_waiting_for_data", "waiting_share", "seconds"})
+TIMES = frozenset(
+    {"images_per_second", "eval_images_per_second", "seconds_waiting_for_data", "waiting_share", "seconds"}
+)
 """Columns of metrics.jsonl that depend on the clock."""
 
 
@@ -87,11 +89,22 @@ class Monitor:
         track: `none`, `tensorboard` or `trackio`.
         is_main: other processes get a silent monitor.
         name: the run's name for the tracker.
+        baseline: what a loss must fall below to have learned anything, in words.
     """
 
     def __init__(
-        self, folder: Path, *, step: int, total_steps: int, judge_from: int, track: str, is_main: bool, name: str
+        self,
+        folder: Path,
+        *,
+        step: int,
+        total_steps: int,
+        judge_from: int,
+        track: str,
+        is_main: bool,
+        name: str,
+        baseline: str = "the mean-patch baseline",
     ):
+        self.baseline = baseline
         self.is_main, self.folder, self.total_steps, self.judge_from = is_main, folder, total_steps, judge_from
         self.trivial_loss: float | None = None
         self.tracker: Any = None
@@ -174,13 +187,10 @@ class Monitor:
         loss, trivial, step = self.last["loss"], self.trivial_loss, self.last["step"]
         if loss < 0.98 * trivial:
             share = 1 - loss / trivial
-            return (
-                f"learning: loss {loss:.4f} at step {step} is {share:.0%} below the mean-patch baseline {trivial:.4f}"
-            )
+            return f"learning: loss {loss:.4f} at step {step} is {share:.0%} below {self.baseline} {trivial:.4f}"
         return (
             f"not learning: loss {loss:.4f} at step {step} is not clearly below {trivial:.4f}, the loss of "
-            "predicting the mean patch everywhere. Look at the pictures; train longer, or "
-            "try --optim.base-lr three times higher or lower"
+            f"{self.baseline}. Look at the pictures; train longer, or try --optim.base-lr three times higher or lower"
         )
 
     def sync(self) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_mae.recipes.base import Optim
+from hf_mae.recipes.classification import ClassifierOptim
 
 TOKENS = ("cls_token", "mask_token", "encoder_mask_token")
 
@@ -46,6 +50,130 @@ def build_adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
 
 
+def layer_of(name: str, num_layers: int) -> int:
+    """Return the number of the layer a parameter belongs to, for layer-wise learning rates.
+
+    0 is the embedding (cls token, positions, patches), i + 1 is block i, and `num_layers + 1` is everything behind the
+    blocks: `norm`, `fc_norm` and `head`.
+
+    Args:
+        name: of the parameter in the model.
+        num_layers: blocks of the encoder.
+
+    Returns:
+        0 .. num_layers + 1. Source: facebookresearch/mae util/lr_decay.py (timm puts `norm` with the last block).
+    """
+    first, *rest = name.split(".")
+    if first in ("cls_token", "pos_embed", "patch_embed"):
+        return 0
+    return int(rest[0]) + 1 if first == "blocks" else num_layers + 1
+
+
+def layer_decay_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    num_layers: int,
+    weight_decay: float,
+    layer_decay: float,
+    decay_tokens: bool = False,
+) -> list[dict[str, Any]]:
+    """Split trainable parameters by layer, and each layer into what is decayed and what is not.
+
+    Vectors are not decayed, and neither are the cls token and the positions unless `decay_tokens`. Frozen parameters
+    are left out.
+
+    Args:
+        named_parameters: of a model, or of a task that holds it as `model`.
+        num_layers: blocks of the encoder.
+        weight_decay: of the matrices.
+        layer_decay: the head has the whole learning rate, each layer below this fraction of the one above it.
+        decay_tokens: decay the cls token and the positions.
+
+    Returns:
+        Groups for a torch optimizer in the order of their first parameters, each with `params`, `names`, `name`
+        ("layer_3_decay"), `lr_scale` and `weight_decay`. Source: facebookresearch/mae util/lr_decay.py, numbers only.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        name = name.removeprefix("model.")
+        layer = layer_of(name, num_layers)
+        exempt = parameter.ndim == 1 or (not decay_tokens and name in (*TOKENS, "pos_embed"))
+        key = f"layer_{layer}_{'no_decay' if exempt else 'decay'}"
+        group = groups.setdefault(
+            key,
+            {
+                "name": key,
+                "lr_scale": layer_decay ** (num_layers + 1 - layer),
+                "weight_decay": 0.0 if exempt else weight_decay,
+                "params": [],
+                "names": [],
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, optim: ClassifierOptim, *, num_layers: int) -> torch.optim.Optimizer:
+    """Build the optimizer of a classifier over its trainable parameters; the loop sets the lr before every update.
+
+    Each group keeps its `name` and the `lr_scale` by which the loop multiplies the lr.
+
+    Args:
+        model: the model, or the task that holds it.
+        optim: which optimizer, and its numbers.
+        num_layers: blocks of the encoder.
+
+    Raises:
+        ValueError: every parameter is frozen.
+    """
+    lars = optim.name == "lars"
+    groups = layer_decay_groups(
+        model.named_parameters(),
+        num_layers=num_layers,
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        decay_tokens=optim.decay_tokens or lars,  # LARS asks for the number of dimensions alone
+    )
+    if not groups:
+        raise ValueError("every parameter is frozen, so there is nothing to train; raise --trainable-blocks")
+    for group in groups:
+        del group["names"]
+        if lars:
+            # Without it timm adapts no group whose weight decay is 0, and that of the official probe is.
+            group["always_adapt"] = group["name"].endswith("_decay") and not group["name"].endswith("_no_decay")
+    if lars:
+        from timm.optim.lars import Lars  # slow to import
+
+        return Lars(groups, lr=0.0, momentum=optim.momentum, trust_coeff=0.001, eps=0.0)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum)
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def describe_groups(optimizer: torch.optim.Optimizer, lr: float) -> list[str]:
+    """Return the effective lr per group, one line for each layer, the embedding first.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        lr: peak learning rate per update.
+    """
+    layers: dict[int, list[dict[str, Any]]] = {}
+    for group in optimizer.param_groups:
+        layers.setdefault(int(group["name"].split("_")[1]), []).append(group)
+    lines = []
+    for layer, groups in sorted(layers.items()):
+        parts = [
+            f"{sum(p.numel() for p in group['params']):,} values with weight decay {group['weight_decay']:g}"
+            for group in groups
+        ]
+        scale = groups[0]["lr_scale"]
+        lines.append(f"layer {layer}: lr up to {lr * scale:.3g} ({scale:.3g} of {lr:.3g}); {', '.join(parts)}")
+    return lines
+
+
 class MovingAverage:
     """Exponential moving average of a module's parameters, in parameter order.
 
@@ -60,6 +188,7 @@ class MovingAverage:
         self.decay = decay
         self.names = [name.removeprefix("module.").removeprefix("model.") for name, _ in module.named_parameters()]
         self.parameters = list(module.parameters())
+        self.sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self.shadow = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -71,3 +200,20 @@ class MovingAverage:
     def state(self) -> dict[str, Tensor]:
         """Return the averages by parameter name (sharded tensors stay sharded)."""
         return dict(zip(self.names, self.shadow, strict=True))
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Replace the weights by their averages inside; afterwards they are what they were, to the last bit."""
+        current = [p.detach().clone() for p in self.parameters]
+        self._put(self.shadow)
+        try:
+            yield
+        finally:
+            self._put(current)
+
+    @torch.no_grad()
+    def _put(self, weights: list[Tensor]) -> None:
+        for module in self.sharded:
+            module.reshard()  # gathered copies, which a forward pass without a backward pass leaves, would be stale
+        for parameter, weight in zip(self.parameters, weights, strict=True):
+            parameter.copy_(weight)

@@ -35,7 +35,7 @@ from hf_mae.training.distributed import agree, gather_objects
 from hf_mae.training.monitors import Printer, Window, read_rows
 
 PACKAGES = (
-    *("hf_mae", "torch", "transformers", "accelerate", "datasets", "numpy"),
+    *("hf_mae", "torch", "transformers", "timm", "accelerate", "datasets", "numpy"),
     *("pillow", "simplejpeg", "pyarrow", "safetensors"),
 )
 

@@ -22,10 +22,11 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,6 +56,10 @@ PASSING = frozenset(
 )
 
 
+UNREADABLE = int(np.iinfo(np.int64).min)
+"""In `Source.all_labels`: the label cannot be read, and neither can the image."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """The rows of one chunk, still encoded."""
@@ -79,6 +84,7 @@ class Source(ABC):
         revision: commit of a Hub data set.
         where: what was opened, in words.
         notes: what was inferred or left out, in words.
+        schema: columns of the table and what they hold, in words; empty where the format has no columns.
     """
 
     kind: str
@@ -91,6 +97,7 @@ class Source(ABC):
     where: str = ""
     notes: list[str]
     num_shards: int = 1
+    schema: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def read(self, chunk: int) -> Chunk:
@@ -106,6 +113,26 @@ class Source(ABC):
 
     def labels(self, chunk: int) -> Ints | None:
         """Return the labels of a chunk, or None where that means reading its images or asking a server."""
+        return None
+
+    def all_labels(self) -> Ints | None:
+        """Return the labels of all rows in their order, or None where `labels` gives none.
+
+        -1 is a row without a label, `UNREADABLE` one of a damaged chunk.
+        """
+        with ThreadPoolExecutor(4, thread_name_prefix="labels") as pool:
+            parts = list(pool.map(self.labels, range(len(self.sizes))))
+        if all(part is None for part in parts):
+            return None
+        rows = zip(parts, self.sizes, strict=True)
+        return np.concatenate([np.full(n, UNREADABLE) if part is None else part for part, n in rows])
+
+    def names(self, chunk: int) -> list[str] | None:
+        """Return the file names that the rows of a chunk came with, None where the format keeps none.
+
+        Raises:
+            RuntimeError: as `read`.
+        """
         return None
 
     def summary(self) -> str:
@@ -126,6 +153,23 @@ class Source(ABC):
 def fingerprint(*facts: Any) -> str:
     """Hash JSON-able facts to 16 hex digits."""
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def schema_in_words(schema: pa.Schema) -> dict[str, str]:
+    """Map the columns of a table to what they hold: `image`, or Arrow's name of the type."""
+    return {name: type_name(schema.field(name).type) for name in schema.names}
+
+
+def type_name(kind: pa.DataType) -> str:
+    """Name a column's type as a user knows it."""
+    return "image" if pa.types.is_struct(kind) and holds_bytes(kind) else str(kind)
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Say whether a column may hold encoded images: bytes, or a struct with a field `bytes`."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def unreadable(rows: int, error: BaseException) -> Chunk:
@@ -156,12 +200,12 @@ class ParquetSource(Source):
         choose: Callable[[pa.Schema], tuple[str, str | None, list[str] | None]],
         filesystem: Any | None = None,
     ) -> None:
-        self.names, self.paths, self.filesystem = list(names), list(paths), filesystem
+        self.files, self.paths, self.filesystem = list(names), list(paths), filesystem
         with ThreadPoolExecutor(16, thread_name_prefix="footer") as pool:
             self.footers: list[pq.FileMetaData] = list(pool.map(self._footer, range(len(self.paths))))
         schema = self.footers[0].schema.to_arrow_schema()
         self.image_column, self.label_column, self.label_names = choose(schema)
-        self.has_labels = self.label_column is not None
+        self.has_labels, self.schema = self.label_column is not None, schema_in_words(schema)
         is_struct = pa.types.is_struct(schema.field(self.image_column).type)
         leaf = f"{self.image_column}.bytes" if is_struct else self.image_column
         self.columns = [leaf] + ([self.label_column] if self.label_column else [])
@@ -171,7 +215,7 @@ class ParquetSource(Source):
         for f, footer in enumerate(self.footers):
             at = {footer.schema.column(i).path: i for i in range(footer.num_columns)}
             if missing := [c for c in self.columns if c not in at]:
-                raise ValueError(f"{self.names[f]} lacks the column {missing[0]} that {self.names[0]} has")
+                raise ValueError(f"{self.files[f]} lacks the column {missing[0]} that {self.files[0]} has")
             first = 0
             for g in range(footer.num_row_groups):
                 group = footer.row_group(g)
@@ -184,11 +228,11 @@ class ParquetSource(Source):
                 first += group.num_rows
         rows = sum(n for _, n, _ in sizes)
         if not rows:
-            raise ValueError(f"{', '.join(self.names[:3])}: the Parquet files hold no rows")
+            raise ValueError(f"{', '.join(self.files[:3])}: the Parquet files hold no rows")
         self.sizes = np.array([n for _, _, _, n in self.chunks], dtype=np.int64)
         self.bytes_per_row = image_bytes / rows
-        self.num_shards = len(self.names)
-        self.fingerprint = fingerprint("parquet", self.names, self.columns, sizes, [c[1] for c in self.chunks])
+        self.num_shards = len(self.files)
+        self.fingerprint = fingerprint("parquet", self.files, self.columns, sizes, [c[1] for c in self.chunks])
         self.notes = [f"column {self.image_column}"]
         if self.label_column:
             self.notes.append(f"labels from {self.label_column}")
@@ -206,7 +250,7 @@ class ParquetSource(Source):
 
     def _footer(self, file: int) -> pq.FileMetaData:
         if self.filesystem is not None:
-            return retry(lambda: self._remote_footer(file), f"the footer of {self.names[file]}")
+            return retry(lambda: self._remote_footer(file), f"the footer of {self.files[file]}")
         try:
             return pq.read_metadata(self.paths[file])
         except (pa.ArrowException, OSError) as error:
@@ -238,7 +282,7 @@ class ParquetSource(Source):
         """Read the row group, or the neighbouring row groups, of a chunk."""
         file, groups, _, rows = self.chunks[chunk]
         if self.filesystem is not None:
-            what = f"{self.names[file]}, row group {groups[0]}" + (f" to {groups[-1]}" if len(groups) > 1 else "")
+            what = f"{self.files[file]}, row group {groups[0]}" + (f" to {groups[-1]}" if len(groups) > 1 else "")
             return self._chunk(retry(lambda: self._table(chunk, self.columns), what))
         try:
             return self._chunk(read_local(lambda: self._table(chunk, self.columns), self.paths[file]))
@@ -262,10 +306,27 @@ class ParquetSource(Source):
         except (pa.ArrowException, OSError):
             return None  # only asked for a description; reading the chunk says what is wrong
 
+    def names(self, chunk: int) -> list[str] | None:
+        """Read the field `path` of the image column, where there is one; a null is an empty name."""
+        file, _, _, _ = self.chunks[chunk]
+        leaf = f"{self.image_column}.path"
+        footer = self.footers[file].schema
+        if leaf not in (footer.column(i).path for i in range(len(footer))):
+            return None
+        what = f"the file names in {self.files[file]}"
+        if self.filesystem is not None:
+            table = retry(lambda: self._table(chunk, [leaf]), what)
+        else:
+            try:
+                table = read_local(lambda: self._table(chunk, [leaf]), self.paths[file])
+            except (pa.ArrowException, OSError) as error:
+                raise RuntimeError(f"could not read {what}: {one_line(error)}; mend or replace the file") from error
+        return [name or "" for name in table.column(0).combine_chunks().field("path").to_pylist()]
+
     def describe(self, chunk: int, row: int) -> tuple[str, int]:
         """Name the file, and the row counted from its beginning."""
         file, _, first, _ = self.chunks[chunk]
-        return self.names[file], first + row
+        return self.files[file], first + row
 
 
 def encoded_images(column: pa.ChunkedArray) -> list[memoryview | None]:
@@ -357,13 +418,13 @@ class FolderSource(Source):
     def __init__(self, root: Path, files: Sequence[tuple[str, int]], *, classes: Sequence[str]) -> None:
         self.root = root
         ordered = sorted(files)
-        self.names = [name for name, _ in ordered]
-        self.has_labels = len(classes) > 1 and all("/" in name for name in self.names)
+        self.files = [name for name, _ in ordered]
+        self.has_labels = len(classes) > 1 and all("/" in name for name in self.files)
         self._labels = np.full(len(ordered), -1, dtype=np.int64)
         if self.has_labels:
             self.label_names = list(classes)
             number = {name: i for i, name in enumerate(classes)}
-            self._labels = np.array([number[name.split("/", 1)[0]] for name in self.names], dtype=np.int64)
+            self._labels = np.array([number[name.split("/", 1)[0]] for name in self.files], dtype=np.int64)
         self.sizes = np.ones(len(ordered), dtype=np.int64)
         self.bytes_per_row = sum(size for _, size in ordered) / max(1, len(ordered))
         self.num_shards = len(ordered)
@@ -372,16 +433,24 @@ class FolderSource(Source):
 
     def read(self, chunk: int) -> Chunk:
         """Read one file."""
-        path = self.root / self.names[chunk]
+        path = self.root / self.files[chunk]
         return Chunk([read_local(path.read_bytes, path)], self._labels[chunk : chunk + 1])
 
     def labels(self, chunk: int) -> Ints | None:
         """Return the class of one file."""
         return self._labels[chunk : chunk + 1]
 
+    def all_labels(self) -> Ints | None:
+        """Return the classes of all files."""
+        return self._labels
+
+    def names(self, chunk: int) -> list[str] | None:
+        """Return the name of the file, relative to the root."""
+        return [self.files[chunk]]
+
     def describe(self, chunk: int, row: int) -> tuple[str, int]:
         """Name the file; its only row is 0."""
-        return self.names[chunk], row
+        return self.files[chunk], row
 
 
 # ------------------------------------------------------------------------------------------------ Arrow and digits
@@ -400,6 +469,7 @@ class ArrowSource(Source):
     kind = "Arrow files"
 
     def __init__(self, dataset: Any, image: str, label: str | None, label_names: list[str] | None) -> None:
+        self.schema = schema_in_words(dataset.features.arrow_schema)
         self.dataset = dataset.select_columns([image] + ([label] if label else [])).with_format("arrow")
         self.image_column, self.label_column, self.label_names = image, label, label_names
         self.has_labels = label is not None
@@ -428,6 +498,20 @@ class ArrowSource(Source):
         if self.label_column is None:
             return np.full(1, -1, dtype=np.int64)
         return column_labels(self.dataset[chunk : chunk + 1].column(self.label_column))
+
+    def all_labels(self) -> Ints | None:
+        """Return the labels of all rows, read at once."""
+        if self.label_column is None:
+            return np.full(len(self.sizes), -1, dtype=np.int64)
+        labels = self.dataset.select_columns([self.label_column])[:]
+        return column_labels(labels.column(self.label_column))
+
+    def names(self, chunk: int) -> list[str] | None:
+        """Return the `path` that an image column keeps beside the bytes; a null is an empty name."""
+        column = self.dataset[chunk : chunk + 1].column(self.image_column)
+        if not pa.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
+            return None
+        return [column[0].as_py()["path"] or "" if column[0].is_valid else ""]
 
     def describe(self, chunk: int, row: int) -> tuple[str, int]:
         """Name the split, and the row."""
@@ -472,6 +556,10 @@ class DigitsSource(Source):
     def labels(self, chunk: int) -> Ints | None:
         """Return one label."""
         return self._labels[chunk : chunk + 1]
+
+    def all_labels(self) -> Ints | None:
+        """Return all labels."""
+        return self._labels
 
     def describe(self, chunk: int, row: int) -> tuple[str, int]:
         """Name the row of scikit-learn's array."""

@@ -470,28 +470,37 @@ def _crop_resized(
     return image.crop((left, top, left + width, top + height))
 
 
-def eval_image(image: Image.Image, size: tuple[int, int]) -> Pixels:
+def eval_image(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Pixels:
     """Resize and crop the centre, as for evaluation: uint8 [C, H, W].
 
     A picture of exactly `size` is returned as it is (32x32 data sets would otherwise lose their border). Any other is
     resized so that the crop covers 224/256 of its short side up to 224 pixels, all of it beyond (official evaluation).
+
+    Args:
+        image: from `decode_image`.
+        size: (height, width) of the result, in pixels.
+        crop_pct: share of the short side that the crop covers, in (0, 1]; given, it holds for pictures of exactly
+            `size` too.
     """
-    return _to_array(_center(image, size))
+    return _to_array(_center(image, size, crop_pct))
 
 
-def _center(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _center(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Image.Image:
     height, width = size
-    if (image.height, image.width) == size:
+    if crop_pct is None and (image.height, image.width) == size:
         return image
-    image = _resize_to_cover(image, size)
+    image = _resize_to_cover(image, size, crop_pct)
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def _resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _resize_to_cover(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Image.Image:
     """Resize, keeping the aspect, to the smallest picture that covers `size` and its border."""
     image = _cut_strip(image)
-    target_h, target_w = (int(side * 256 / 224) if side <= 224 else side for side in size)
+    if crop_pct is not None:
+        target_h, target_w = (int(side / crop_pct) for side in size)
+    else:
+        target_h, target_w = (int(side * 256 / 224) if side <= 224 else side for side in size)
     # Compared as products, so that a square target means exactly "the short side".
     if image.width * target_h <= image.height * target_w:
         shape = target_w, max(target_h, int(target_w * image.height / image.width))

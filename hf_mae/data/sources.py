@@ -29,6 +29,8 @@ from hf_mae.data.formats import (
     FolderSource,
     ParquetSource,
     Source,
+    holds_bytes,
+    type_name,
 )
 from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.webdataset import TarSource
@@ -574,8 +576,8 @@ def choose_columns(
 
     known: Any = features or Features.from_arrow_schema(schema)
     columns = {name: schema.field(name).type for name in schema.names}
-    listing = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in columns.items())
-    encoded = [name for name, kind in columns.items() if _holds_bytes(kind)]
+    listing = ", ".join(f"{name} ({type_name(kind)})" for name, kind in columns.items())
+    encoded = [name for name, kind in columns.items() if holds_bytes(kind)]
 
     image = data.image_column
     if image is None:
@@ -587,7 +589,7 @@ def choose_columns(
         if image is None:
             raise ValueError(f"no column is clearly one of encoded images: {listing}; name it with --data.image-column")
     elif image not in encoded:
-        why = "is not a column" if image not in columns else f"holds {_type_name(columns[image])}, not encoded images"
+        why = "is not a column" if image not in columns else f"holds {type_name(columns[image])}, not encoded images"
         raise ValueError(f"data.image_column={image!r} {why}; the columns are {listing}")
 
     integers = [name for name, kind in columns.items() if pa.types.is_integer(kind) or pa.types.is_boolean(kind)]
@@ -599,10 +601,43 @@ def choose_columns(
         by_name = [name for wish in LABEL_NAMES for name in typed or integers if name.lower() == wish]
         label = next(_first(by_name, typed), None)
     elif label not in integers:
-        why = "is not a column" if label not in columns else f"holds {_type_name(columns[label])}, not integers"
-        raise ValueError(f"data.label_column={label!r} {why}; the columns are {listing}; none ignores labels")
+        if label not in columns:
+            raise ValueError(
+                f"data.label_column={label!r} is not a column; the columns are {listing}; none ignores labels"
+            )
+        kind = type_name(columns[label])
+        raise ValueError(
+            f"data.label_column={label!r} holds {kind}, not integers; {make_integers(data, label, kind)}; the columns "
+            f"are {listing}; none ignores labels"
+        )
     described = known.get(label) if label else None
     return image, label, list(described.names) if isinstance(described, ClassLabel) and described.names else None
+
+
+def make_integers(data: Data, column: str, kind: str) -> str:
+    """Say how to turn a column of text or of floats into one of class numbers.
+
+    `class_encode_column` is not advised: on a DatasetDict it numbers the classes of every split by themselves.
+    """
+    path = Path(data.path).expanduser()
+    splits = True
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        load, splits = f"load_from_disk({data.path!r})", (path / "dataset_dict.json").exists()
+    elif path.exists():
+        load = f"load_dataset('parquet', {'data_dir' if path.is_dir() else 'data_files'}={data.path!r})"
+    else:
+        load = f"load_dataset({data.path!r}{f', {data.name!r}' if data.name else ''})"
+    if kind in ("string", "large_string", "string_view"):
+        values = f"{{x for split in ds.values() for x in split[{column!r}]}}" if splits else f"set(ds[{column!r}])"
+        feature = f"ClassLabel(names=sorted({values}))"
+    elif kind in ("float", "double", "halffloat"):
+        feature = "Value('int64')"
+    else:
+        return "labels are integers, one a row"
+    return (
+        f"convert it with `import datasets; ds = datasets.{load}; ds = ds.cast_column({column!r}, datasets.{feature}); "
+        "ds.save_to_disk('labelled')` and pass --data.path labelled"
+    )
 
 
 def _unused_labels(schema: pa.Schema, data: Data) -> list[str]:
@@ -617,13 +652,3 @@ def _unused_labels(schema: pa.Schema, data: Data) -> list[str]:
 def _first(*lists: Sequence[str]) -> Iterator[str]:
     for candidates in lists:
         yield from candidates
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _type_name(kind: pa.DataType) -> str:
-    return "image" if pa.types.is_struct(kind) and _holds_bytes(kind) else str(kind)

@@ -9,6 +9,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -34,24 +35,25 @@ class TarSource(Source):
     kind = "tar files"
 
     def __init__(self, names: Sequence[str], paths: Sequence[str], *, label: str | None = None) -> None:
-        self.names, self.paths = list(names), list(paths)
+        self.files, self.paths = list(names), list(paths)
         self._member, self._key = ("cls", "label") if label is None else (label, label)
         self._use: int | None = None  # which span holds the label: 1 its own member, 2 the JSON
         left_out: Counter[str] = Counter()
         self._first_members: list[str] = []
+        self._headers: list[Ints] = []  # [samples] of each tar: where the header of the image begins
         # [samples, 3, 2]: offset and bytes of the image, the label's member and the JSON; -1 where there is none.
         self._spans = [self._scan(f, left_out) for f in range(len(self.paths))]
         self.chunks = [(f, a) for f, spans in enumerate(self._spans) for a in range(0, len(spans), TAR_RUN)]
         if not self.chunks:
-            raise ValueError(f"{', '.join(self.names[:3])}: the tar files hold no images ({_counts(left_out)})")
+            raise ValueError(f"{', '.join(self.files[:3])}: the tar files hold no images ({_counts(left_out)})")
         self.sizes = np.array([len(self._run(c)) for c in range(len(self.chunks))], dtype=np.int64)
         self.bytes_per_row = float(np.concatenate([spans[:, 0, 1] for spans in self._spans]).mean())
-        self.num_shards = len(self.names)
+        self.num_shards = len(self.files)
         if label != "none":
             self._find_labels(label)
         self.has_labels = self._use is not None
         scanned = [hashlib.sha256(spans.tobytes()).hexdigest() for spans in self._spans]
-        self.fingerprint = fingerprint("tar", self.names, scanned, self._use, self._key)
+        self.fingerprint = fingerprint("tar", self.files, scanned, self._use, self._key)
         self.notes = []
         if self._use is not None:
             self.notes.append(f"labels from {self._member if self._use == 1 else f'{self._key} of json'}")
@@ -62,12 +64,14 @@ class TarSource(Source):
 
     def _scan(self, file: int, left_out: Counter[str]) -> Ints:
         """List the samples of a tar as spans [samples, 3, 2]."""
-        path, samples = self.paths[file], array.array("q")
+        path, samples, headers = self.paths[file], array.array("q"), array.array("q")
         members: dict[str, tuple[int, int]] = {}
+        header = -1
 
         def close() -> None:
             if "image" in members:
                 self._first_members = self._first_members or sorted(members)
+                headers.append(header)
                 for name in ("image", self._member, "json"):
                     samples.extend(members.get(name, (-1, -1)))
             elif members:
@@ -91,6 +95,8 @@ class TarSource(Source):
                         close()
                         current, members = (folder, base[: len(stem)]), {}
                     name = "image" if f".{extension.rpartition('.')[2]}" in EXTENSIONS else extension
+                    if name == "image" and name not in members:
+                        header = member.offset
                     members.setdefault(name, (member.offset_data, member.size))
                 # What ends the loop may be any block that is no header, or the end of the file.
                 end = tar.offset
@@ -107,6 +113,7 @@ class TarSource(Source):
                 f"{path} is not a whole, uncompressed tar file ({one_line(error)}); copy, download or pack it again"
             ) from error
         left_out += Counter()  # drops zeros
+        self._headers.append(np.array(headers, dtype=np.int64))
         return np.array(samples, dtype=np.int64).reshape(-1, 3, 2)
 
     def _find_labels(self, label: str | None) -> None:
@@ -118,7 +125,7 @@ class TarSource(Source):
         if label is not None:
             raise ValueError(
                 f"data.label_column={label!r} is neither an integer member nor a JSON key of the first sample of "
-                f"{self.names[0]}, which has {', '.join(self._first_members)}; name one of them, or none"
+                f"{self.files[0]}, which has {', '.join(self._first_members)}; name one of them, or none"
             )
 
     def _run(self, chunk: int) -> Ints:
@@ -160,10 +167,45 @@ class TarSource(Source):
             labels = np.array([-1 if label is None else label for label in found], dtype=np.int64)
         return Chunk([_cut(blob, spans[0]) for spans in run], labels)
 
+    def labels(self, chunk: int) -> Ints | None:
+        """Read the members that hold the labels: beside headers that were read at the start, so most are in memory."""
+        run = self._run(chunk)
+        labels = np.full(len(run), -1, dtype=np.int64)
+        if self._use is None:
+            return labels
+        path = self.paths[self.chunks[chunk][0]]
+        for i, spans in enumerate(run):
+            if (offset := int(spans[self._use, 0])) >= 0:
+                data = read_local(partial(_read_span, path, offset, int(spans[self._use, 1])), path)
+                label = self._label(spans, (offset, memoryview(data)), self._use)
+                labels[i] = -1 if label is None else label
+        return labels
+
+    def names(self, chunk: int) -> list[str] | None:
+        """Return the names of the images in their tar."""
+        file, first = self.chunks[chunk]
+        path, starts = self.paths[file], self._headers[file][first : first + TAR_RUN].tolist()
+
+        def read() -> list[str]:
+            names = []
+            with open(path, "rb") as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
+                for start in starts:
+                    handle.seek(start)
+                    names.append(tarfile.TarInfo.fromtarfile(tar).name)
+            return names
+
+        return read_local(read, path)
+
     def describe(self, chunk: int, row: int) -> tuple[str, int]:
         """Name the tar, and the sample counted from its beginning."""
         file, first = self.chunks[chunk]
-        return self.names[file], first + row
+        return self.files[file], first + row
+
+
+def _read_span(path: str, offset: int, length: int) -> bytes:
+    with open(path, "rb") as handle:
+        handle.seek(offset)
+        return handle.read(length)
 
 
 def _cut(blob: tuple[int, memoryview], span: Ints) -> memoryview:

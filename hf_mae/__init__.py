@@ -1,6 +1,7 @@
 """Masked autoencoders for the Hugging Face ecosystem.
 
-Importing the package registers its classes with `AutoConfig`, `AutoModel` and `AutoModelForPreTraining`.
+Importing the package registers its classes with `AutoConfig`, `AutoModel`, `AutoModelForPreTraining` and
+`AutoModelForImageClassification`.
 """
 
 import importlib
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "MAEConfig": "hf_mae.models.configuration_mae",
+    "MAEForImageClassification": "hf_mae.models.modeling_classification",
     "MAEForPreTraining": "hf_mae.models.modeling_mae",
     "MAEModel": "hf_mae.models.modeling_mae",
     "convert_state_dict": "hf_mae.models.convert",
@@ -27,9 +29,18 @@ if TYPE_CHECKING or not _IS_COMMAND:
     from hf_mae.evaluation.reconstruction import reconstruct
     from hf_mae.models.configuration_mae import MAEConfig
     from hf_mae.models.convert import convert_state_dict
+    from hf_mae.models.modeling_classification import MAEForImageClassification
     from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel
 
-__all__ = ["MAEConfig", "MAEForPreTraining", "MAEModel", "__version__", "convert_state_dict", "reconstruct"]
+__all__ = [
+    "MAEConfig",
+    "MAEForImageClassification",
+    "MAEForPreTraining",
+    "MAEModel",
+    "__version__",
+    "convert_state_dict",
+    "reconstruct",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ are those of `transformers`. A `config.json` of model type `vit_mae` (facebook/v
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, Literal
 
@@ -72,6 +73,10 @@ class MAEConfig(PreTrainedConfig):
         pos_embed: `sincos` for fixed 2-D positions, `learned` for trained ones.
         pool: how a classifier and `forward_features` pool tokens: `mean` of the patches, or the `cls` token.
         drop_path_rate: stochastic depth of the classifier; pretraining uses none.
+        head: of the classifier: `linear`, or `batchnorm` for one with batch normalisation before it, without scale and
+            shift (the official linear probe).
+        head_init_std: standard deviation of the classifier's fresh head; the official values are 2e-5 and, for a probe,
+            0.01.
         kwargs: fields of `PreTrainedConfig`.
 
     Raises:
@@ -102,6 +107,8 @@ class MAEConfig(PreTrainedConfig):
         pos_embed: Literal["sincos", "learned"] = "sincos",
         pool: Literal["mean", "cls"] = "mean",
         drop_path_rate: float = 0.0,
+        head: Literal["linear", "batchnorm"] = "linear",
+        head_init_std: float = 2e-5,
         **kwargs: Any,
     ):
         self.image_size: Size = _size("image_size", image_size)
@@ -126,6 +133,8 @@ class MAEConfig(PreTrainedConfig):
         self.pos_embed = pos_embed
         self.pool: Literal["mean", "cls"] = pool
         self.drop_path_rate = drop_path_rate
+        self.head: Literal["linear", "batchnorm"] = head
+        self.head_init_std = head_init_std
         super().__init__(**kwargs)
         self.validate_fields()
 
@@ -221,13 +230,23 @@ class MAEConfig(PreTrainedConfig):
         check_masking(self.mask_strategy, self.grid, self.mask_ratio)
         if self.target in ("pca", "token"):
             raise ValueError(f"target={self.target!r} is not available yet; use 'pixel', the only one in this version.")
-        for name, choices in (("target", ("pixel",)), ("pos_embed", ("sincos", "learned")), ("pool", ("mean", "cls"))):
+        for name, choices in (
+            ("target", ("pixel",)),
+            ("pos_embed", ("sincos", "learned")),
+            ("pool", ("mean", "cls")),
+            ("head", ("linear", "batchnorm")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use {' or '.join(map(repr, choices))}.")
         if self.layer_norm_eps <= 0:
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps} is not positive; the official value is 1e-6.")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} is outside [0, 1); the paper uses 0.1 to 0.3.")
+        if not 0 <= self.head_init_std < math.inf:
+            raise ValueError(
+                f"head_init_std={self.head_init_std} is negative or not finite; the official values are 2e-5 and, for "
+                "a probe, 0.01."
+            )
 
     def _check_sizes(self) -> None:
         for side, image, patch in zip(

@@ -50,6 +50,7 @@ BLOCK = re.compile(r"^((?:decoder_)?blocks\.\d+\.)(.+)$")
 OURS = re.compile(
     r"cls_token|mask_token|encoder_mask_token|pos_embed|decoder_pos_embed"
     r"|(patch_embed\.proj|norm|fc_norm|head|decoder_embed|decoder_norm|decoder_pred)\.(weight|bias)"
+    r"|head\.0\.(running_mean|running_var|num_batches_tracked)|head\.1\.(weight|bias)"
     r"|(decoder_)?blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 )
 SHOWN = 10
@@ -169,6 +170,12 @@ def config_from_state_dict(
             "weights do not show it: the published `mae_visualize_*` predict raw pixels (False), `*_full` normalised "
             "ones (True)",
         )
+    if head := [name for name in ("head.weight", "head.1.weight") if name in state_dict]:
+        fields["head"] = "linear" if head == ["head.weight"] else "batchnorm"
+        fields["pool"] = "mean" if "fc_norm.weight" in state_dict else "cls"
+        fields["pos_embed"] = "learned"  # official fine-tuning trains the positions
+        if "id2label" not in overrides:
+            fields["num_labels"] = len(state_dict[head[0]])
     _require("num_attention_heads", fields | overrides, f"an encoder of width {width} is not official")
     if "image_size" not in overrides:
         num_patches = state_dict["pos_embed"].shape[1] - 1

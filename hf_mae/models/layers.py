@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,11 +109,39 @@ class Block(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = Mlp(width, mlp_width)
 
-    def forward(self, tokens: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, first: int = 0, branch_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Map [N, L, D] to [N, L - first, D], and pass the attention weights on.
 
         A last block whose first tokens nobody reads need not compute them: they serve as keys and values only.
+
+        Args:
+            tokens: [N, L, D].
+            first: position of the first token that is computed.
+            branch_scale: [N, 2], what the outputs of attention and MLP are multiplied by, see `drop_path`; None leaves
+                them alone.
         """
         attended, weights = self.attn(self.norm1(tokens), first)
-        tokens = tokens[:, first:] + attended
-        return tokens + self.mlp(self.norm2(tokens)), weights
+        if branch_scale is None:
+            tokens = tokens[:, first:] + attended
+            return tokens + self.mlp(self.norm2(tokens)), weights
+        of_attn, of_mlp = branch_scale.to(tokens.dtype)[..., None, None].unbind(1)  # two of [N, 1, 1]
+        tokens = tokens[:, first:] + of_attn * attended
+        return tokens + of_mlp * self.mlp(self.norm2(tokens)), weights
+
+
+def drop_path(noise: Tensor, rates: Sequence[float]) -> list[Tensor | None]:
+    """Decide which residual branches are skipped: stochastic depth, per sample and branch.
+
+    Args:
+        noise: [N, 2 * blocks] uniforms in [0, 1): attention and MLP of the first block, of the second, and so on.
+        rates: for each of these branches, the share of samples that skip it.
+
+    Returns:
+        For each block [N, 2], 0 where a branch is skipped and 1 / (1 - rate) where not, so that its mean stays; None
+        where both rates are 0.
+    """
+    rate = torch.tensor(rates, dtype=noise.dtype, device=noise.device)
+    scale = (noise >= rate).to(noise.dtype) / (1 - rate)  # [N, 2 * blocks]
+    return [scale[:, i : i + 2] if any(rates[i : i + 2]) else None for i in range(0, len(rates), 2)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -222,6 +223,7 @@ class MAEPreTrainedModel(PreTrainedModel):
         pos_embed: Tensor,
         masking: Masking | None = None,
         *,
+        branch_scales: Sequence[Tensor | None] | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> MAEModelOutput:
@@ -231,6 +233,8 @@ class MAEPreTrainedModel(PreTrainedModel):
             patches: [N, L, h * w * C].
             pos_embed: [1, 1 + L, D].
             masking: which patches are kept, see `masking_of`. None keeps all.
+            branch_scales: for each block, what its branches are multiplied by, see `layers.drop_path`. None leaves all
+                alone.
             output_hidden_states: return the tokens between blocks.
             output_attentions: return the attention weights; needs `attn_implementation="eager"`.
 
@@ -256,8 +260,8 @@ class MAEPreTrainedModel(PreTrainedModel):
         tokens = torch.cat([cls_token, tokens], dim=1)  # [N, 1 + L_keep, D]
         hidden_states = (tokens,) if output_hidden_states else None
         attentions = () if output_attentions else None
-        for block in self.blocks:
-            tokens, weights = block(tokens)
+        for i, block in enumerate(self.blocks):
+            tokens, weights = block(tokens, 0, None if branch_scales is None else branch_scales[i])
             hidden_states = None if hidden_states is None else (*hidden_states, tokens)
             attentions = None if attentions is None else (*attentions, weights)
         return MAEModelOutput(
@@ -324,7 +328,8 @@ class MAEPreTrainedModel(PreTrainedModel):
             values, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder, **hub)
             if values.get("model_type") == "vit_mae":
                 if not isinstance(config := kwargs.get("config") or name, PreTrainedConfig):
-                    known = MAEConfig().to_dict().keys() - {"dtype"}  # "auto" is for the loader, not for the config
+                    # "auto" is for the loader, not for the config; num_labels is stored as id2label.
+                    known = MAEConfig().to_dict().keys() - {"dtype"} | {"num_labels"}
                     fields = {key: kwargs.pop(key) for key in list(kwargs) if key in known}
                     kwargs["config"] = MAEConfig.from_pretrained(config, subfolder=subfolder, **hub, **fields)
                 kwargs["state_dict"] = load_folder(name, subfolder=subfolder, **hub)
@@ -335,7 +340,7 @@ class MAEPreTrainedModel(PreTrainedModel):
         )
         if converted:  # transformers saw no name
             model.name_or_path = model.config.name_or_path = str(name or "")
-        cls._check_loading(info, name or "the state_dict")
+        model._check_loading(info, name or "the state_dict")
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -356,23 +361,22 @@ class MAEPreTrainedModel(PreTrainedModel):
             super().from_pretrained(None, config=config, state_dict=checkpoint.state_dict, output_loading_info=True),
         )
         model.name_or_path = model.config.name_or_path = str(path)
-        cls._check_loading(info, path)
+        model._check_loading(info, path)
         return model
 
-    @classmethod
-    def _check_loading(cls, info: dict[str, Any], source: str | os.PathLike[str]) -> None:
+    def _check_loading(self, info: dict[str, Any], source: str | os.PathLike[str]) -> None:
         # What a class may leave unread is named in its _keys_to_ignore_on_load_unexpected and is gone from `info`.
         missing, unexpected = list(info["missing_keys"]), list(info["unexpected_keys"])
         of_decoder = [name for name in missing if name.startswith("decoder_") or name == "mask_token"]
         if "decoder_pred.weight" in missing and of_decoder == missing and not unexpected:
             raise ValueError(
-                f"{source} has no decoder ({len(missing)} weights), so {cls.__name__} could not reconstruct anything; "
-                "load it with MAEModel, or use a checkpoint with decoder (of the official files, *_full.pth and "
-                "mae_visualize_*.pth)."
+                f"{source} has no decoder ({len(missing)} weights), so {type(self).__name__} could not reconstruct "
+                "anything; load it with MAEModel, or use a checkpoint with decoder (of the official files, *_full.pth "
+                "and mae_visualize_*.pth)."
             )
         if missing or unexpected:
             raise ValueError(
-                f"the weights of {source} do not fit {cls.__name__}; missing: {list_names(missing) or 'none'}; "
+                f"the weights of {source} do not fit {type(self).__name__}; missing: {list_names(missing) or 'none'}; "
                 f"unexpected: {list_names(unexpected) or 'none'}. Load them with the class and config that wrote them."
             )
 

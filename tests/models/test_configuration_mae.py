@@ -14,7 +14,7 @@ def test_recipe_model_has_the_fields_and_defaults_of_the_config():
     config = {
         name: parameter.default
         for name, parameter in inspect.signature(MAEConfig.__init__).parameters.items()
-        if name not in ("self", "kwargs", "pool", "drop_path_rate")  # the last two belong to the classifier
+        if name not in ("self", "kwargs", "pool", "drop_path_rate", "head", "head_init_std")  # of the classifier
     }
     recipe = {field.name: field.default for field in fields(Model)}
     # A config file that does not say means raw pixels, as transformers' does; a recipe trains the paper's best target.
@@ -81,6 +81,9 @@ def test_named_sizes_build_and_take_overrides(size):
         ({"pool": "max"}, r"pool='max' is unknown; use 'mean' or 'cls'"),
         ({"layer_norm_eps": 0.0}, r"layer_norm_eps=0.0 is not positive"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate=1.0 is outside \[0, 1\)"),
+        ({"head": "mlp"}, r"head='mlp' is unknown; use 'linear' or 'batchnorm'"),
+        ({"head_init_std": -1.0}, r"head_init_std=-1.0 is negative or not finite; the official values are 2e-5"),
+        ({"head_init_std": float("nan")}, r"head_init_std=nan is negative or not finite"),
     ],
 )
 def test_contradictions_are_refused_with_value_rule_and_remedy(changes, message):

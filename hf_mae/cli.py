@@ -11,9 +11,9 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -22,13 +22,23 @@ from hf_mae.planning.hardware import Hardware
 from hf_mae.planning.plan import as_dict, make_run_plan
 from hf_mae.planning.report import published_report, report
 from hf_mae.recipes.base import Recipe
+from hf_mae.recipes.classification import ClassifierRecipe
+from hf_mae.recipes.evaluation import EVALUATIONS, Evaluation
 from hf_mae.recipes.mae import PRESETS
+from hf_mae.recipes.transfer import FINETUNE, PROBE
+
+AnyPreset = TypeVar("AnyPreset", Recipe, ClassifierRecipe, Evaluation)
 
 USAGE = f"""hf-mae {hf_mae.__version__}: masked autoencoders for the Hugging Face ecosystem
 
   hf-mae pretrain [PRESET] [--group.field value ...]   pretrain, or continue the run in --out (default: quickstart)
   hf-mae pretrain --list                               every preset, with its source and what to expect
   hf-mae pretrain PRESET --help                        every field of a recipe, with the preset's values
+  hf-mae finetune [PRESET] --init-from MODEL [...]     train a classifier: all of it, --trainable-blocks K, or scratch
+  hf-mae probe [PRESET] --init-from MODEL [...]        train a head on the frozen encoder; nearest neighbours as well
+  hf-mae evaluate [PRESET] --model MODEL [...]         accuracy, calibration, confusion and mistakes of a classifier
+  hf-mae sweep partial [PRESET] --init-from MODEL      fine-tune 0, 0.5, 1, 2, ... blocks: table and plot
+  hf-mae sweep seeds [COMMAND] [PRESET] --n 5 [...]    one recipe with n seeds: mean, deviation, histogram
   hf-mae plan [PRESET] --gpu a100 --gpus 64 [...]      FLOPs, memory, hours, loader and disk of a run, by arithmetic
   hf-mae plan --check                                  what published runs say of its assumptions
   hf-mae reconstruct MODEL IMAGE ... [--out FILE]      masked / predicted / pasted pictures of your images
@@ -43,7 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; exit 2 with one plain sentence if the user can mend it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
-    commands = {"pretrain": _pretrain, "plan": _plan, "reconstruct": _reconstruct}
+    commands = {
+        "pretrain": _pretrain,
+        "finetune": _finetune,
+        "probe": _probe,
+        "evaluate": _evaluate,
+        "sweep": _sweep,
+        "plan": _plan,
+        "reconstruct": _reconstruct,
+    }
     if command in {"-h", "--help"}:
         sys.stdout.write(USAGE)
         return
@@ -64,16 +82,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
 
 
-def parse_recipe(presets: Mapping[str, Recipe], arguments: Sequence[str], *, default: str) -> Recipe:
+def parse_recipe(
+    presets: Mapping[str, AnyPreset], arguments: Sequence[str], *, default: str, command: str = "pretrain"
+) -> AnyPreset:
     """Return the preset named first in `arguments` (or `default`) with the flags after it applied.
+
+    Args:
+        presets: by name, all of one kind.
+        arguments: of the command line, after the command.
+        default: the preset where none is named.
+        command: for the title of the help.
 
     Raises:
         ValueError: no preset has that name; the nearest ones are listed.
     """
     preset, flags = _choose_preset(presets, arguments, default)
     return tyro.cli(
-        Recipe,
-        prog=f"hf-mae pretrain {preset.name}",
+        type(preset),
+        prog=f"hf-mae {command} {preset.name}",
         description=f"Source: {preset.source}. Expected: {preset.expected}.",
         default=preset,
         args=flags,
@@ -111,8 +137,8 @@ def parse_plan(presets: Mapping[str, Recipe], arguments: Sequence[str], *, defau
 
 
 def _choose_preset(
-    presets: Mapping[str, Recipe], arguments: Sequence[str], default: str
-) -> tuple[Recipe, Sequence[str]]:
+    presets: Mapping[str, AnyPreset], arguments: Sequence[str], default: str
+) -> tuple[AnyPreset, Sequence[str]]:
     name, flags = default, list(arguments)
     if flags and not flags[0].startswith("-"):
         name = flags.pop(0)
@@ -126,13 +152,116 @@ def _pretrain(arguments: Sequence[str]) -> None:
         sys.stdout.write(list_presets(PRESETS))
         return
     recipe = parse_recipe(PRESETS, arguments, default="quickstart")
+    _require_data(recipe)
+    from hf_mae.pretrain import pretrain  # torch and transformers take seconds: --help and --list need neither
+
+    pretrain(recipe)
+
+
+def _require_data(recipe: Recipe | Evaluation) -> None:
     if not recipe.data.path:
         raise ValueError(
             "data.path is empty; name a folder, Parquet or tar files, or a Hub id: --data.path DIR_OR_HUB_ID"
         )
-    from hf_mae.pretrain import pretrain  # torch and transformers take seconds: --help and --list need neither
 
-    pretrain(recipe)
+
+def _finetune(arguments: Sequence[str]) -> None:
+    if "--list" in arguments:
+        sys.stdout.write(list_presets(FINETUNE))
+        return
+    recipe = parse_recipe(FINETUNE, arguments, default="digits", command="finetune")
+    _classify(recipe)
+
+
+def _probe(arguments: Sequence[str]) -> None:
+    if "--list" in arguments:
+        sys.stdout.write(list_presets(PROBE))
+        return
+    recipe = parse_recipe(PROBE, arguments, default="digits", command="probe")
+    if not recipe.init_from:
+        raise ValueError(
+            "init_from is empty; name the encoder to probe: --init-from RUN_FOLDER, a model folder, a Hub id or an "
+            "official .pth file"
+        )
+    _classify(recipe)
+
+
+def _classify(recipe: ClassifierRecipe) -> None:
+    _require_data(recipe)
+    from hf_mae.classify import classify
+
+    classify(recipe)
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    if "--list" in arguments:
+        sys.stdout.write(list_presets(EVALUATIONS))
+        return
+    recipe = parse_recipe(EVALUATIONS, arguments, default="own", command="evaluate")
+    _require_data(recipe)
+    from hf_mae.evaluate import evaluate
+
+    evaluate(recipe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialArguments:
+    """What `hf-mae sweep partial` takes: the blocks, the seeds, and a whole recipe."""
+
+    blocks: tuple[float, ...] = (0, 0.5, 1, 2, 4, 6, 12, 18, 24)
+    """Trainable blocks of each run; those beyond the encoder's depth are left out."""
+    seeds: int = 1
+    """Runs for each number of blocks."""
+    recipe: Annotated[ClassifierRecipe, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsArguments:
+    """What `hf-mae sweep seeds` takes: how many, and a whole recipe."""
+
+    n: int = 5
+    """Seeds: the recipe's own and those after it."""
+    recipe: Annotated[Any, tyro.conf.arg(name="")]
+
+
+def _sweep(arguments: Sequence[str]) -> None:
+    kinds = {"partial": PartialArguments, "seeds": SeedsArguments}
+    kind, *rest = arguments or ["--help"]
+    if kind not in kinds:
+        raise ValueError(f"sweep {kind!r} is unknown; use `hf-mae sweep partial ...` or `hf-mae sweep seeds ...`")
+    presets: Mapping[str, Any] = FINETUNE
+    default, command = "digits", "finetune"
+    if kind == "seeds" and rest and rest[0] in {"pretrain", "finetune", "probe"}:
+        command = rest.pop(0)
+        presets = {"pretrain": PRESETS, "finetune": FINETUNE, "probe": PROBE}[command]
+        default = "quickstart" if command == "pretrain" else "digits"
+    preset, flags = _choose_preset(presets, rest, default)
+    group: Any = kinds[kind]
+    if kind == "seeds":  # the flags are those of this kind of recipe
+        group = make_dataclass(
+            "SeedsArguments",
+            [("recipe", Annotated[type(preset), tyro.conf.arg(name="")])],
+            bases=(SeedsArguments,),
+            frozen=True,
+            kw_only=True,
+        )
+    given = tyro.cli(
+        group,
+        prog=f"hf-mae sweep {kind} {command} {preset.name}",
+        description=f"Source: {preset.source}. Expected: {preset.expected}.",
+        default=group(recipe=preset),
+        args=flags,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    _require_data(given.recipe)
+    from hf_mae.sweep import sweep_partial, sweep_seeds
+    from hf_mae.training.monitors import Printer
+
+    say = Printer(os.environ.get("RANK", "0") == "0")
+    if kind == "partial":
+        sweep_partial(given.recipe, blocks=given.blocks, seeds=given.seeds, say=say)
+    else:
+        sweep_seeds(given.recipe, n=given.n, say=say)
 
 
 def _plan(arguments: Sequence[str]) -> None:
@@ -170,14 +299,18 @@ def _reconstruct(arguments: Sequence[str]) -> None:
     tyro.cli(reconstruct, prog="hf-mae reconstruct", args=list(arguments))
 
 
-def list_presets(presets: Mapping[str, Recipe]) -> str:
+def list_presets(presets: Mapping[str, Recipe] | Mapping[str, ClassifierRecipe] | Mapping[str, Evaluation]) -> str:
     """Return a table of presets: length, batch, source and expected result."""
-    lines = [f"{'preset':<20}{'epochs':>7}{'batch':>7}{'pixels':>7}  data"]
+    width = max(20, *(len(name) + 2 for name in presets))
+    trained = not any(isinstance(recipe, Evaluation) for recipe in presets.values())
+    numbers = f"{'epochs':>7}{'batch':>7}{'pixels':>9}" if trained else ""
+    lines = [f"{'preset':<{width}}{numbers}  data"]
     for name, recipe in presets.items():
-        numbers = f"{recipe.epochs:>7g}{recipe.global_batch:>7}{recipe.model.image_size!s:>7}"
-        lines.append(f"{name:<20}{numbers}  {recipe.data.path or 'yours (--data.path)'}")
-        lines.append(f"{'':<20}source: {recipe.source}")
-        lines.append(f"{'':<20}expected: {recipe.expected}")
+        if isinstance(recipe, Recipe):
+            numbers = f"{recipe.epochs:>7g}{recipe.global_batch:>7}{recipe.model.image_size or 'encoder':>9}"
+        lines.append(f"{name:<{width}}{numbers}  {recipe.data.path or 'yours (--data.path)'}")
+        lines.append(f"{'':<{width}}source: {recipe.source}")
+        lines.append(f"{'':<{width}}expected: {recipe.expected}")
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
 from hf_mae.cli import main
-from hf_mae.pretrain import MaskNoise, data_advice, pretrain
+from hf_mae.pretrain import MaskNoise, pretrain
 from hf_mae.recipes.base import Data, Evals
 from hf_mae.recipes.mae import QUICKSTART
 

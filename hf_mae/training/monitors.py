@@ -116,10 +116,13 @@ class Monitor:
         cut_rows(folder / "bad_samples.jsonl", lambda row: row["batch"] < step)
         self.last = next((row for row in reversed(read_rows(folder / "metrics.jsonl")) if "loss" in row), {})
         self.file = (folder / "metrics.jsonl").open("a", buffering=1)
-        # Plain lines where a bar could not be drawn: no terminal, or one without a width.
-        plain = not sys.stderr.isatty() or shutil.get_terminal_size((0, 0)).columns == 0
         self.bar = tqdm(
-            total=total_steps, initial=max(step, 0), unit="step", dynamic_ncols=True, mininterval=1.0, disable=plain
+            total=total_steps,
+            initial=max(step, 0),
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+            disable=not can_draw_bars(),
         )
         self.tracker = open_tracker(track, folder, name, step)
 
@@ -206,6 +209,11 @@ class Monitor:
             self.file.close()
             if self.tracker is not None:
                 self.tracker(None, None)
+
+
+def can_draw_bars() -> bool:
+    """Return whether standard error is a terminal with a width; plain lines are printed elsewhere."""
+    return sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 0
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

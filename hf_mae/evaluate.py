@@ -1,0 +1,170 @@
+"""Evaluation of a classifier: one model, one labelled data set, every image once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import AutoImageProcessor
+
+from hf_mae.data.imagenet import (
+    NUM_CLASSES,
+    a_classes,
+    class_of,
+    mce,
+    r_classes,
+    real_labels,
+    severities,
+)
+from hf_mae.data.labels import align
+from hf_mae.data.sources import Source, list_splits, open_source
+from hf_mae.data.whole import WholeSplit
+from hf_mae.evaluation.classification import ClassificationQuality, evaluate_real
+from hf_mae.evaluation.report import Drawing
+from hf_mae.models.configuration_mae import height_width
+from hf_mae.models.modeling_classification import MAEForImageClassification
+from hf_mae.recipes.base import Data
+from hf_mae.recipes.evaluation import Evaluation
+from hf_mae.run import model_folder, progress
+from hf_mae.training.checkpoint import write_atomic
+from hf_mae.training.distributed import agree, describe_world, make_accelerator
+from hf_mae.training.monitors import Printer
+from hf_mae.training.tasks import Classification
+
+
+def evaluate(recipe: Evaluation) -> dict[str, Any]:
+    """Evaluate a classifier. A collective: every process calls it.
+
+    Writes `evaluation.json` (all results, per class as well), `summary.json` (what is returned) and pictures to
+    `recipe.out`.
+
+    Returns:
+        The numbers: `top1`, `top5`, `eval_loss`, `ece` and `examples`; `real_top1` for ReaL labels; `mce` and the error
+        of each corruption for ImageNet-C.
+
+    Raises:
+        ValueError: something in the recipe, the model or the data has to be changed; the message says what.
+    """
+    if not recipe.model:
+        raise ValueError("model is empty; name a classifier: --model RUN_FOLDER, a model folder or a Hub id")
+    accelerator = make_accelerator(recipe.engine)
+    say = Printer(accelerator.is_main_process)
+    name = model_folder(recipe.model, field="model")
+    size = {} if recipe.image_size is None else {"image_size": recipe.image_size}
+    model = MAEForImageClassification.from_pretrained(name, **size)
+    processor = AutoImageProcessor.from_pretrained(name)
+    task = Classification(model, processor.image_mean, processor.image_std).to(accelerator.device).eval()
+    say(f"hf_mae: evaluating {name} on {recipe.name}, {describe_world(accelerator)}")
+    out = Path(recipe.out or f"runs/evaluate-{recipe.name}")
+    error = None
+    if accelerator.is_main_process:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as caught:
+            error = ValueError(f"out={out} cannot be made ({caught}); choose another --out")
+    agree(error, accelerator, f"making {out}")
+    one = _One(recipe, task, accelerator, say)
+    numbers = one.corruptions(out) if recipe.corruptions else one(recipe.data, out)
+    summary = {"recipe": recipe.name, "model": str(name), "data": recipe.data.path, "numbers": numbers}
+    if accelerator.is_main_process:
+        write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    say(
+        ", ".join(
+            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
+        )
+    )
+    say(f"expected: {recipe.expected}; written to {out}")
+    accelerator.end_training()
+    return numbers
+
+
+class _One:
+    """Evaluates one split after another with the same model."""
+
+    def __init__(self, recipe: Evaluation, task: Classification, accelerator: Accelerator, say: Printer):
+        self.recipe, self.task, self.accelerator, self.say = recipe, task, accelerator, say
+        id2label = task.config.id2label or {}
+        self.names = [id2label[i] for i in range(task.config.num_labels)]
+        if recipe.classes != "names" and len(self.names) != NUM_CLASSES:
+            raise ValueError(
+                f"model={recipe.model} has {len(self.names)} classes and {recipe.name} is judged on ImageNet's "
+                f"{NUM_CLASSES}; name a model trained on ImageNet-1k, or use the preset own"
+            )
+
+    def __call__(self, data: Data, out: Path) -> dict[str, Any]:
+        recipe, accelerator = self.recipe, self.accelerator
+        source = _open(data, self.say)
+        split = WholeSplit(
+            source,
+            image_size=height_width(self.task.config.image_size),
+            channels=self.task.config.num_channels,
+            batch=recipe.batch,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            num_workers=recipe.num_workers,
+            max_pixels=data.max_pixels,
+            crop_pct=recipe.crop_pct,
+            names=recipe.labels == "real",
+        )
+        batches = progress(split, accelerator)
+        if recipe.labels == "real":
+            answers = real_labels()
+
+            def answers_of(row: int) -> list[int]:
+                return answers[Path(split.file_names([row])[0]).stem]
+
+            return evaluate_real(self.task, batches, answers_of, accelerator)
+        drawing = Drawing(self.names, split.picture, split.num_rows, out / "pictures", accelerator)
+        quality = ClassificationQuality(
+            batches,
+            self.names,
+            accelerator,
+            every=0,
+            out=out,
+            keep={"imagenet-a": a_classes, "imagenet-r": r_classes}.get(recipe.classes, lambda: None)(),
+            align=self._align(source),
+            draw=None
+            if picture is None
+            else Drawing(self.names, picture, split.num_rows, out / "pictures", accelerator),
+        )
+        quality.due(0, 0)
+        numbers: dict[str, Any] = dict(quality(self.task, 0))
+        numbers["examples"] = quality.latest["weights"].examples
+        if split.bad:
+            self.say(
+                f"warning: {len(split.bad)} images of this process cannot be decoded and are left out: {split.bad[0]}"
+            )
+        return numbers
+
+    def _align(self, source: Source) -> list[int]:
+        if source.label_names is None:
+            raise ValueError(
+                f"{source.where}: the labels have no names to find the model's classes by; use a folder per class, or "
+                "a data set with ClassLabel features"
+            )
+        if self.recipe.classes == "names":
+            return align(self.names, source.label_names)
+        return [class_of(name) for name in source.label_names]
+
+    def corruptions(self, out: Path) -> dict[str, Any]:
+        """Evaluate every CORRUPTION/SEVERITY folder; the error of a corruption is the mean over its severities."""
+        errors: dict[str, float] = {}
+        for corruption, folders in severities(Path(self.recipe.data.path)).items():
+            tops = []
+            for folder in folders:
+                self.say(f"{corruption} {folder.name}")
+                tops.append(self(replace(self.recipe.data, path=str(folder), split=None), out)["top1"])
+            errors[corruption] = 1 - sum(tops) / len(tops)
+        return {"mce": mce(errors)} | {f"error_{name}": error for name, error in errors.items()}
+
+
+def _open(data: Data, say: Printer) -> Source:
+    split = data.split or next((s for s in ("test", "validation", "val") if s in list_splits(data)), None)
+    source = open_source(data, split=split)
+    say(source.summary())
+    if not source.has_labels:
+        raise ValueError(f"{source.where}: has no labels; name another split (--data.split) or --data.label-column")
+    return source

@@ -240,6 +240,20 @@ class MAEForImageClassification(MAEPreTrainedModel):
         self.drop_path_rates = [0.0] * frozen + _rates(self.config)[frozen:]
 
     @torch.no_grad()
+    def resize_positions(self, image_size: Size) -> None:
+        """Take images of another size from now on: the positions are resized (bicubic), as in the official code.
+
+        Raises:
+            ValueError: the size does not fit the patches.
+        """
+        config = MAEConfig.from_dict(self.config.to_dict() | {"image_size": image_size})
+        if config.grid != self.config.grid:
+            old = self.pos_embed
+            table = resize_pos_embed(old.float(), self.config.grid, config.grid).to(old.dtype)
+            self.pos_embed = nn.Parameter(table, old.requires_grad) if isinstance(old, nn.Parameter) else table
+        self.config.image_size = config.image_size
+
+    @torch.no_grad()
     def resize_head(self, id2label: Mapping[int, str]) -> list[str]:
         """Give the head other classes, and keep what it has learned of those whose names stay.
 
@@ -317,7 +331,6 @@ class MAEForImageClassification(MAEPreTrainedModel):
         same_pool = "fc_norm.weight" in weights if pool == "mean" else "norm.weight" in weights
         keeps_head = same_pool and source.head == head and ("head.weight" in weights or "head.1.weight" in weights)
         changes = {
-            "image_size": image_size or source.image_size,
             "pool": pool,
             "head": head,
             "head_init_std": head_init_std,
@@ -333,9 +346,9 @@ class MAEForImageClassification(MAEPreTrainedModel):
             weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
             changes |= {"id2label": labels, "label2id": {label: row for row, label in labels.items()}}
         model = cls(MAEConfig.from_dict(source.to_dict() | changes))
-        if model.config.grid != source.grid:
-            weights["pos_embed"] = resize_pos_embed(weights["pos_embed"].float(), source.grid, model.config.grid)
         model._load_encoder(name, weights)
+        if image_size is not None:
+            model.resize_positions(image_size)
         if keeps_head:
             model.resize_head(labels)
         model.pos_embed.requires_grad_(train_pos_embed)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_mae.models.configuration_mae import MAEConfig
+from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining
 
 TINY = {
@@ -60,6 +61,29 @@ def golden_model(
     def build(attn_implementation: str = "sdpa", **changes: Any) -> MAEForPreTraining:
         model = MAEForPreTraining(tiny(attn_implementation=attn_implementation, **changes)).eval()
         model.load_state_dict(official_weights)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def golden_vit(goldens: Path) -> dict[str, Tensor]:
+    """Heads, features and logits of the official classifier; its trunk is that of `golden`."""
+    return load_file(goldens / "vit_tiny.safetensors")
+
+
+@pytest.fixture
+def golden_classifier(
+    tiny: Callable[..., MAEConfig], official_weights: dict[str, Tensor], golden_vit: dict[str, Tensor]
+) -> Callable[..., MAEForImageClassification]:
+    """Make the golden classifier of one pool in evaluation mode, with changes to its configuration."""
+
+    def build(pool: str = "mean", attn_implementation: str = "sdpa", **changes: Any) -> MAEForImageClassification:
+        fields = {"pool": pool, "pos_embed": "learned", "num_labels": 10} | changes
+        model = MAEForImageClassification(tiny(attn_implementation=attn_implementation, **fields)).eval()
+        key = "gap." if pool == "mean" else "cls."
+        heads = {name.removeprefix(key): tensor for name, tensor in golden_vit.items() if name.startswith(key)}
+        model.load_state_dict({name: (official_weights | heads)[name] for name in model.state_dict()})
         return model
 
     return build

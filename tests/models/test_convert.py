@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_mae.models.convert import config_from_state_dict, convert_state_dict, load_official_checkpoint
+from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel
 
 DECODER = ("decoder_", "mask_token")
@@ -188,6 +189,17 @@ def test_every_spelling_of_transformers_loads_with_the_same_loss(stock, tmp_path
     assert_close(ours.pred, theirs.logits, atol=5e-6, rtol=0)
     encoder = MAEModel.from_pretrained(tmp_path)
     assert same_weights(encoder, without_decoder(official_weights))
+
+
+def test_classifiers_are_built_on_every_layout_of_transformers(stock, tmp_path, official_weights):
+    save_4x(stock, tmp_path)
+    built = MAEForImageClassification.from_encoder(tmp_path, id2label={0: "cat", 1: "dog", 2: "owl"}, pool="cls")
+    read = MAEForImageClassification.from_pretrained(tmp_path, num_labels=3, pool="cls")
+    for model in (built, read):
+        assert (model.config.layer_norm_eps, model.config.num_labels) == (1e-5, 3)
+        weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+        assert weights.keys() == without_decoder(official_weights).keys()
+        assert all(torch.equal(tensor, official_weights[name]) for name, tensor in weights.items())
 
 
 def test_gradient_of_every_parameter_is_that_of_transformers(stock, tmp_path, golden):

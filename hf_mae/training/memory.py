@@ -80,9 +80,15 @@ def largest_micro_batch(
             f"micro_batch=auto cannot measure the memory of {device.type}; give a number: --micro-batch 64"
         )
     sizes = [n for n in (1, 2, 4) if n <= share]
+    # Batch normalisation has no statistics of one image, and must not make any of these: it takes those it has.
+    layers = [m for m in task.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for layer in layers:
+        layer.eval()
     # As written, not compiled: each size would be a graph of its own.
     with torch.compiler.set_stance("force_eager"):
         needs = [_measure(task, sample(n), accelerator) for n in (1, *sizes)][1:]  # the first fills caches
+    for layer in layers:
+        layer.train()
     per_image = (needs[-1] - needs[0]) / max(1, sizes[-1] - sizes[0])
     parameters = sum(p.numel() * p.element_size() for p in _local(task))
     # Gradients of earlier micro-batches are there when the next begins; AdamW's two moments come with the first update.

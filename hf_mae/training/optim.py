@@ -141,16 +141,30 @@ def build_optimizer(model: nn.Module, optim: ClassifierOptim, *, num_layers: int
         raise ValueError("every parameter is frozen, so there is nothing to train; raise --trainable-blocks")
     for group in groups:
         del group["names"]
-        if lars:
-            # Without it timm adapts no group whose weight decay is 0, and that of the official probe is.
-            group["always_adapt"] = group["name"].endswith("_decay") and not group["name"].endswith("_no_decay")
     if lars:
         from timm.optim.lars import Lars  # slow to import
 
-        return Lars(groups, lr=0.0, momentum=optim.momentum, trust_coeff=0.001, eps=0.0)
+        for group in groups:
+            # By itself timm adapts no group whose weight decay is 0, and that of the official probe is.
+            group["always_adapt"] = not group["name"].endswith("_no_decay")
+            # The official trust ratio divides by the norm of gradient and decay together, timm's by the sum of both.
+            group["decay_before"], group["weight_decay"] = group["weight_decay"], 0.0
+        momentum: Any = optim.momentum  # which timm takes for an int
+        optimizer = Lars(groups, lr=0.0, momentum=momentum, trust_coeff=0.001, eps=0.0)
+        optimizer.register_step_pre_hook(_decay_before)
+        return optimizer
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum)
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+@torch.no_grad()
+def _decay_before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        if group["decay_before"]:
+            trained = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in trained]
+            torch._foreach_add_(gradients, trained, alpha=group["decay_before"])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def describe_groups(optimizer: torch.optim.Optimizer, lr: float) -> list[str]:
@@ -166,7 +180,8 @@ def describe_groups(optimizer: torch.optim.Optimizer, lr: float) -> list[str]:
     lines = []
     for layer, groups in sorted(layers.items()):
         parts = [
-            f"{sum(p.numel() for p in group['params']):,} values with weight decay {group['weight_decay']:g}"
+            f"{sum(p.numel() for p in group['params']):,} values with weight decay "
+            f"{group['weight_decay'] or group.get('decay_before', 0.0):g}"
             for group in groups
         ]
         scale = groups[0]["lr_scale"]

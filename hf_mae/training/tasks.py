@@ -152,7 +152,7 @@ class Classification(ImageTask):
         label_smoothing: float = 0.0,
     ):
         super().__init__(model, mean, std)
-        self.label_smoothing = label_smoothing
+        self.num_classes, self.label_smoothing = cast(int, model.config.num_labels), label_smoothing
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return `loss`, the mean over the batch.
@@ -163,7 +163,7 @@ class Classification(ImageTask):
                 `drop_path_noise` [n, draws].
         """
         lam = batch["mix_lam"] if "mix_lam" in batch else torch.ones_like(batch["labels"], dtype=torch.float32)
-        targets = mix_targets(batch["labels"], lam, self.config.num_labels, self.label_smoothing)  # [n, classes]
+        targets = mix_targets(batch["labels"], lam, self.num_classes, self.label_smoothing)  # [n, classes]
         log_probs = F.log_softmax(self.logits(batch).float(), dim=-1)
         return {"loss": -(targets * log_probs).sum(-1).mean()}
 
@@ -187,7 +187,7 @@ class Classification(ImageTask):
 
         Computed by eager attention, which alone returns its weights; the implementation is put back afterwards.
         """
-        before = self.config._attn_implementation
+        before = self.config._attn_implementation or "sdpa"
         self.model.set_attn_implementation("eager")
         try:
             out = self.model(self.normalize(pixel_values), output_attentions=True)
@@ -201,5 +201,5 @@ class Classification(ImageTask):
         The entropy of the mean target: mixing changes no mean, and smoothing is part of it.
         """
         lam = torch.ones(len(labels))
-        mean = mix_targets(labels.cpu(), lam, self.config.num_labels, self.label_smoothing).double().mean(0)
+        mean = mix_targets(labels.cpu(), lam, self.num_classes, self.label_smoothing).double().mean(0)
         return float(torch.special.entr(mean).sum())

@@ -8,19 +8,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
 from hf_mae import MAEConfig, MAEForPreTraining
+from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.recipes.base import Engine, Evals, Recipe, Schedule, to_dict
+from hf_mae.recipes.classification import ClassifierAugment, ClassifierOptim, ClassifierRecipe
+from hf_mae.training.best import Best
 from hf_mae.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from hf_mae.training.loop import fit
+from hf_mae.training.mixing import MixDraws
 from hf_mae.training.monitors import Monitor, Window
-from hf_mae.training.optim import MovingAverage, build_adamw
+from hf_mae.training.optim import MovingAverage, build_adamw, build_optimizer
 from hf_mae.training.schedules import make_plan
 from hf_mae.training.signals import StopSignal
-from hf_mae.training.tasks import Pretraining
+from hf_mae.training.tasks import Classification, Pretraining
 
 CONFIG = {
     "image_size": 16,
@@ -127,7 +132,20 @@ class ToyRun:
     compile_backend: Any = None
     config: dict[str, Any] = field(default_factory=dict)
     make_accelerator: Any = cpu_accelerator
+    best: str | None = None
+    patience: int | None = None
     interrupt = staticmethod(interrupt)
+
+    def build(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = MAEForPreTraining(MAEConfig(**(CONFIG | self.config)))
+        model.checkpoint_activations(self.recipe.engine.checkpoint_activations)
+        for block in [*model.blocks, *model.decoder_blocks] if self.compile_backend is not None else []:
+            block.compile(fullgraph=True, dynamic=False, backend=self.compile_backend)
+        task = Pretraining(model, (0.5,) * 3, (0.5,) * 3)
+        return task, build_adamw(task, self.recipe.optim)
+
+    def read(self, start: int, rank: int, world: int) -> Any:
+        return ToyBatches(start, poison=self.poison, rank=rank, world=world)
 
     def change(self, **fields) -> ToyRun:
         return replace(self, recipe=replace(self.recipe, **fields))
@@ -138,12 +156,7 @@ class ToyRun:
         rank, world = accelerator.process_index, accelerator.num_processes
         plan = make_plan(self.recipe, steps_per_epoch=5)
         torch.manual_seed(0)
-        model = MAEForPreTraining(MAEConfig(**(CONFIG | self.config)))
-        model.checkpoint_activations(self.recipe.engine.checkpoint_activations)
-        for block in [*model.blocks, *model.decoder_blocks] if self.compile_backend is not None else []:
-            block.compile(fullgraph=True, dynamic=False, backend=self.compile_backend)
-        task = Pretraining(model, (0.5,) * 3, (0.5,) * 3)
-        task, optimizer = accelerator.prepare(task, build_adamw(task, self.recipe.optim))
+        task, optimizer = accelerator.prepare(*self.build())
         average = MovingAverage(task, 0.9) if self.ema else None
         state, window = TrainState(trivial_loss=1.0), Window(torch.device("cpu"))
         if resume is not None:
@@ -176,7 +189,17 @@ class ToyRun:
         )
         monitor.trivial_loss = 1.0
         stop = StopSignal(world)
-        batches = self.batches or ToyBatches(state.step, poison=self.poison, rank=rank, world=world)
+        batches = self.batches or self.read(state.step, rank, world)
+        judge = None
+        if self.best is not None:
+            judge = Best(
+                self.out / "best",
+                metric=self.best,
+                accelerator=accelerator,
+                task=task,
+                average=average,
+                patience=self.patience,
+            )
         try:
             outcome = fit(
                 task,
@@ -193,6 +216,7 @@ class ToyRun:
                 save=save,
                 evaluators=self.evaluators,
                 average=average,
+                judge=judge,
             )
         finally:
             monitor.close()
@@ -207,6 +231,108 @@ class ToyRun:
         return {k: v.clone() for k, v in self.task.state_dict().items()}
 
 
+CLASSES = 3
+FINE_TUNING = ClassifierRecipe(
+    **{f: getattr(RECIPE, f) for f in ("name", "source", "expected", "epochs", "global_batch", "log_every", "engine")},
+    save_every=8,
+    schedule=RECIPE.schedule,
+    augment=ClassifierAugment(mixup=0.8, cutmix=1.0, label_smoothing=0.1),
+    optim=ClassifierOptim(layer_decay=0.75, ema_decay=0.9, base_lr=0.1),
+)
+"""All that draws random numbers or keeps state: mixing, drop path, layer-wise rates, averaged weights."""
+PROBE = replace(FINE_TUNING, augment=ClassifierAugment(), optim=ClassifierOptim(name="lars", base_lr=200.0))
+"""LARS and batch normalisation on a frozen encoder."""
+
+
+@dataclass
+class LabelledBatches:
+    """Class k is brightest in channel k, so that there is something to learn. Batch b is a function of b alone."""
+
+    start: int
+    draws: MixDraws | None
+    branches: int
+    batch: int = 8
+    rank: int = 0
+    world: int = 1
+    seconds_waiting: float = 0.0
+
+    def count_bad(self, samples):
+        assert samples == []
+
+    def __iter__(self):
+        k = self.start
+        while True:
+            g = torch.Generator().manual_seed(k)
+            labels = torch.randint(0, CLASSES, (self.batch,), generator=g)
+            pixels = torch.randint(0, 200, (self.batch, 3, 16, 16), generator=g, dtype=torch.uint8)
+            pixels[torch.arange(self.batch), labels] += 50
+            values = {"pixel_values": pixels, "labels": labels}
+            values["drop_path_noise"] = torch.rand(self.batch, self.branches, generator=g)
+            places = np.arange(k * self.batch, (k + 1) * self.batch)
+            if self.draws is not None:
+                values |= self.draws(places // 40, places % 40)
+            k += 1
+            yield ToyBatch(k, {name: t[self.rank :: self.world] for name, t in values.items()})
+
+
+class Accuracy:
+    """Evaluator: top-1 and loss on fixed images, all on every rank."""
+
+    def __init__(self, every: int = 4):
+        self.every = every
+
+    def due(self, step, total):
+        return step % self.every == 0 or step == total
+
+    @torch.no_grad()
+    def __call__(self, task, step):
+        values = next(iter(LabelledBatches(10**6, None, 4, batch=32))).tensors()
+        logits = getattr(task, "module", task).logits({"pixel_values": values["pixel_values"]}).float()
+        loss = torch.nn.functional.cross_entropy(logits, values["labels"])
+        return {"top1": float((logits.argmax(1) == values["labels"]).float().mean()), "eval_loss": float(loss)}
+
+
+@dataclass
+class ClassifierRun(ToyRun):
+    """Fine-tuning by `FINE_TUNING`, or a probe where the recipe says lars."""
+
+    recipe: ClassifierRecipe = FINE_TUNING
+    ema: bool = True
+
+    def build(self):
+        probe = self.recipe.optim.name == "lars"
+        kind = {"head": "batchnorm", "pool": "cls"} if probe else {"drop_path_rate": 0.5, "pos_embed": "learned"}
+        encoder = {k: v for k, v in CONFIG.items() if not k.startswith(("decoder", "norm_pix"))}
+        model = MAEForImageClassification(MAEConfig(**(encoder | kind | self.config), num_labels=CLASSES))
+        if probe:
+            model.set_trainable(0)
+        smoothing = self.recipe.augment.label_smoothing
+        task = Classification(model, (0.5,) * 3, (0.5,) * 3, label_smoothing=smoothing)
+        return task, build_optimizer(task, self.recipe.optim, num_layers=2)
+
+    def read(self, start, rank, world):
+        augment = self.recipe.augment
+        mixing = augment.mixup > 0 or augment.cutmix > 0
+        draws = MixDraws(augment, 0, size=(16, 16), images=8, length=40) if mixing else None
+        return LabelledBatches(start, draws, 4, rank=rank, world=world)
+
+
 @pytest.fixture
 def toy(tmp_path):
     return ToyRun(tmp_path / "run")
+
+
+@pytest.fixture(params=["fine-tuning", "probe"])
+def classifier(tmp_path, request):
+    recipe = FINE_TUNING if request.param == "fine-tuning" else PROBE
+    return ClassifierRun(tmp_path / "run", recipe=recipe, micro_batch=4, ema=recipe is FINE_TUNING)
+
+
+@pytest.fixture
+def probe(tmp_path):
+    return ClassifierRun(tmp_path / "run", recipe=PROBE, ema=False)
+
+
+@pytest.fixture
+def fine_tuning(tmp_path):
+    return ClassifierRun(tmp_path / "run", evaluators=(Accuracy(),), best="top1")

@@ -10,7 +10,7 @@ of one process, as its loader does. Handing over is measured by `loop.py`.
 
 `official`          Pillow, then torchvision v1 RandomResizedCrop (bicubic), flip, ToTensor, Normalize: float32, as in
                     the official pretraining script. The base of the ratios.
-`ours-exact`        hf_mae.data.images.sample_pixels, decoder exact: uint8, the bits of `official` before ToTensor.
+`ours-exact`        hf_mae.data.augment.sample_pixels, decoder exact: uint8, the bits of `official` before ToTensor.
 `ours-fast`         decoder fast: the same crops, resized by torch.
 `torchvision-v2`    torchvision.io.decode_jpeg and v2 transforms on uint8.
 `timm`              its training transform without colour jitter, uint8 (for its prefetcher), where timm is installed.
@@ -62,7 +62,8 @@ from rounds import (
 )
 from torchvision.transforms import InterpolationMode, v2
 
-from hf_mae.data.images import EXTENSIONS, FLIP, NUM_UNIFORMS, random_resized_crop_box, sample_pixels
+from hf_mae.data.augment import FLIP, NUM_UNIFORMS, random_resized_crop_box, sample_pixels
+from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.loader import Loader
 from hf_mae.data.order import Order, choose_lanes_and_window, uniforms
 from hf_mae.data.sources import open_source

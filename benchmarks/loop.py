@@ -53,7 +53,8 @@ from rounds import (
 )
 
 import hf_mae.pretrain
-from hf_mae.data.images import EXTENSIONS, NUM_UNIFORMS, sample_pixels
+from hf_mae.data.augment import NUM_UNIFORMS, sample_pixels
+from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.loader import Batch, Loader
 from hf_mae.data.order import Order, choose_lanes_and_window, uniforms
 from hf_mae.data.sources import open_source

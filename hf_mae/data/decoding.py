@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hf_mae.data.augment import check_augment, num_uniforms, sample_pixels
 from hf_mae.data.formats import Buffer
-from hf_mae.data.images import NUM_UNIFORMS, ImageError, Pixels, sample_pixels
+from hf_mae.data.images import ImageError, Pixels
 from hf_mae.data.order import Ints, uniforms
+from hf_mae.data.rand_augment import operations
 from hf_mae.recipes.base import Augment
 
 Failures = list[tuple[int, str]]
@@ -62,6 +64,16 @@ class Decoder:
     kind: Literal["exact", "fast"] = "exact"
     repeats: int = 1
 
+    def __post_init__(self) -> None:
+        check_augment(self.augment)
+        if self.augment.rand_augment is not None:
+            operations()  # before any worker is forked, or each would import them anew
+
+    @property
+    def num_uniforms(self) -> int:
+        """Numbers drawn for each sample: no more than the recipe needs."""
+        return num_uniforms(self.augment)
+
     def shape(self, images: int) -> tuple[int, int, int, int, int]:
         """Return (repeats, images, C, H, W), the shape that this many images are decoded to."""
         return self.repeats, images, self.channels, *self.image_size
@@ -69,7 +81,7 @@ class Decoder:
     def __call__(self, images: Sequence[Buffer | None], epochs: Ints, positions: Ints, out: Pixels) -> Failures:
         """Fill out [repeats, n, C, H, W] from n images; say which could not be decoded, and why."""
         places = sample_places(epochs, positions, self.repeats)
-        draws = uniforms(NUM_UNIFORMS, self.seed, *places).reshape(self.repeats, len(images), NUM_UNIFORMS)
+        draws = uniforms(self.num_uniforms, self.seed, *places).reshape(self.repeats, len(images), self.num_uniforms)
         failures: Failures = []
         for i, data in enumerate(images):
             try:

@@ -1,4 +1,4 @@
-"""From encoded bytes to uint8 pixels: decoding that survives any file, and augmentation without a generator.
+"""From encoded bytes to uint8 pixels: decoding that survives any file, and the transform of evaluation.
 
 Decoding knows ten formats by their first bytes and tries nothing else (no PostScript, no PDF), checks the size in the
 header before it decodes, and maps whatever Pillow raises for bad data to `ImageError`. Pillow's own bomb check is not
@@ -7,37 +7,30 @@ used: it warns, and a warning filter cannot be set in one thread.
 What Pillow's readers warn of (broken EXIF or TIFF directories, mostly) is switched off once, at import, for these
 modules alone: filters are global, so changing them around each picture would be a race between the decoding threads.
 
-Every random choice comes from a row of uniforms that the caller draws (`hf_mae.data.order.uniforms`), so a crop is a
-function of the sample's place in the stream. The random resized crop is torchvision's, try for try.
-
-Training takes the short way, `sample_pixels`: plain JPEGs are decoded by simplejpeg, which has the bits of Pillow as
-long as both are built on libjpeg-turbo and there is nothing to complain of. Whatever is not plain, and every complaint,
-goes to Pillow, so that the bits and the errors are Pillow's always.
+Training takes the short way, `open_image` and `decode_rows`: plain JPEGs are decoded by simplejpeg, which has the bits
+of Pillow as long as both are built on libjpeg-turbo and there is nothing to complain of. Whatever is not plain, and
+every complaint, goes to Pillow, so that the bits and the errors are Pillow's always.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import math
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageEnhance,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
@@ -47,16 +40,7 @@ from PIL import (
     features,
 )
 
-from hf_mae.recipes.base import Augment
-
 Pixels = npt.NDArray[np.uint8]
-
-# Four uniforms for each try of a random resized crop (area, aspect, top, left), then flip and the three jitters.
-CROP_TRIES = 10
-FLIP = 4 * CROP_TRIES
-JITTER = FLIP + 1
-NUM_UNIFORMS = JITTER + 3
-"""How many uniforms `augment_image` may use, whatever the recipe: the numbers of one choice never depend on another."""
 
 MAX_ASPECT = 16
 """Resizing the short side of a longer strip is done on its middle part of this aspect (5000x1 would become 327 MP)."""
@@ -269,13 +253,52 @@ def _pillow_is_libjpeg_turbo() -> bool:
     return tuple(int(part) for part in version.split(".")[:2]) >= (2, 1)
 
 
-def _decode_plain_jpeg(image: Image.Image, data: bytes | memoryview, bottom: int) -> Pixels | None:
+def open_image(data: bytes | memoryview | None, max_pixels: int) -> Image.Image:
+    """Read the header of a picture.
+
+    Raises:
+        ImageError: as `decode_image`, as far as the header tells.
+    """
+    with _only_image_errors():
+        return _open(data, max_pixels)
+
+
+def decode_rows(
+    image: Image.Image, data: bytes | memoryview, channels: int, bottom: Callable[[int, int], int]
+) -> tuple[Pixels, int, int]:
+    """Decode an opened picture, down to the last row that is needed where the rest can be left out.
+
+    Args:
+        image: from `open_image`.
+        data: its encoded file.
+        channels: 3 or 1.
+        bottom: (height, width) of the upright picture to the first row that nobody needs.
+
+    Returns:
+        Pixels as `decode_image` would have them, [rows, W, 3] or [rows, W], where at least the rows before `bottom` are
+        there; height and width of the whole upright picture.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    if channels == 3:
+        pixels = _decode_plain_jpeg(image, data, bottom)
+        if pixels is not None:
+            return pixels, image.height, image.width
+    with _only_image_errors():
+        upright = _load(image, channels)
+        return np.asarray(upright), upright.height, upright.width
+
+
+def _decode_plain_jpeg(
+    image: Image.Image, data: bytes | memoryview, bottom: Callable[[int, int], int]
+) -> Pixels | None:
     """Decode what Pillow would, to the bit, in less time; None is for Pillow to judge.
 
     Args:
         image: the opened header of `data`; untouched.
         data: the encoded file.
-        bottom: the first row that nobody needs.
+        bottom: as in `decode_rows`.
 
     Returns:
         [rows, W, 3], where at least the rows before `bottom` are there.
@@ -295,7 +318,7 @@ def _decode_plain_jpeg(image: Image.Image, data: bytes | memoryview, bottom: int
     # then looks for the next marker and finds it at once to be the end of the picture, or we ask Pillow: a full decoder
     # would have come to the same marker, so it has nothing else to complain of either. One more block of rows is
     # decoded, because the last rows of a block take chroma from the next.
-    rows = min(height, (bottom // 16 + 1) * 16)
+    rows = min(height, (bottom(height, width) // 16 + 1) * 16)
     if header[at - 1] == 0xC2 or b"\xff\xdd" in header:  # progressive, restarts: here it would find other markers
         rows = height
     if rows < height:
@@ -310,164 +333,7 @@ def _decode_plain_jpeg(image: Image.Image, data: bytes | memoryview, bottom: int
     return pixels if decoded.shape == pixels.shape else None
 
 
-# ------------------------------------------------------------------------------------------------ augmentation
-
-
-def random_resized_crop_box(
-    u: Sequence[float] | npt.NDArray[np.float64],
-    height: int,
-    width: int,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
-    """Choose a box of random area and aspect: torchvision's `RandomResizedCrop.get_params`.
-
-    Args:
-        u: uniforms in [0, 1): area, log-aspect, top and left of each of ten tries.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        scale: range of the area, as a fraction of the image's.
-        ratio: range of width / height.
-
-    Returns:
-        (top, left, height, width) in pixels. After ten boxes that do not fit: the largest central box whose aspect is
-        within `ratio`.
-    """
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    for k in range(CROP_TRIES):
-        area = height * width * (scale[0] + float(u[4 * k]) * (scale[1] - scale[0]))
-        aspect = math.exp(log_low + float(u[4 * k + 1]) * (log_high - log_low))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return int(u[4 * k + 2] * (height - h + 1)), int(u[4 * k + 3] * (width - w + 1)), h, w
-    w, h = width, height
-    if width / height < min(ratio):
-        h = round(width / min(ratio))
-    elif width / height > max(ratio):
-        w = round(height * max(ratio))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def augment_image(
-    image: Image.Image, u: Sequence[float] | npt.NDArray[np.float64], size: tuple[int, int], augment: Augment
-) -> Pixels:
-    """Crop, resize, flip and jitter a decoded picture: a pure function of the picture, the uniforms and the recipe.
-
-    The jitter comes last, in the fixed order brightness, contrast, saturation (torchvision draws the order too), each
-    factor uniform in [1 - color_jitter, 1 + color_jitter], not below 0.
-
-    Args:
-        image: from `decode_image`.
-        u: NUM_UNIFORMS uniforms in [0, 1).
-        size: (height, width) of the result, in pixels.
-        augment: which crop, whether to flip, how much jitter.
-
-    Returns:
-        uint8 [C, H, W].
-    """
-    if augment.crop == "random-resized":
-        top, left, h, w = random_resized_crop_box(u, image.height, image.width, augment.scale, augment.ratio)
-        image = _resize(image.crop((left, top, left + w, top + h)), size)
-    else:
-        image = _crop_resized(image, u, size, augment)
-    if augment.flip and u[FLIP] < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return _to_array(_jitter(image, u, augment))
-
-
-def sample_pixels(
-    data: bytes | memoryview | None,
-    draws: npt.NDArray[np.float64],
-    out: Pixels,
-    augment: Augment,
-    *,
-    max_pixels: int = 89_478_485,
-    decoder: Literal["exact", "fast"] = "exact",
-) -> None:
-    """Decode one picture once and write k augmented samples of it.
-
-    Args:
-        data: the encoded file, in any object with the buffer protocol; None is a missing picture.
-        draws: [k, NUM_UNIFORMS] uniforms in [0, 1), one row for each sample.
-        out: uint8 [k, C, H, W], written in place; gives the channels (3 or 1) and the size of the samples.
-        augment: which crop, whether to flip, how much jitter.
-        max_pixels: as in `decode_image`.
-        decoder: "exact" gives the bits of `augment_image(decode_image(data), u)`; "fast" the same crops, resized by
-            other code.
-
-    Raises:
-        ImageError: as `decode_image`; nothing has been written then.
-    """
-    channels, height, width = out.shape[1:]
-    pixels = None
-    with _only_image_errors():
-        image = _open(data, max_pixels)
-    assert data is not None, "refused before"
-    if channels == 3:
-        pixels = _decode_plain_jpeg(image, data, _bottom(image, draws, augment))
-    if pixels is None:
-        with _only_image_errors():
-            image = _load(image, channels)
-            pixels = np.asarray(image)
-    for u, sample in zip(draws, out, strict=True):
-        if augment.crop == "random-resized":
-            top, left, h, w = random_resized_crop_box(u, image.height, image.width, augment.scale, augment.ratio)
-            part = pixels[top : top + h, left : left + w]
-            resize = _resize_fast if decoder == "fast" and channels == 3 else _resize_exact
-            part = resize(part, (height, width))
-        else:
-            part = np.asarray(_crop_resized(Image.fromarray(pixels), u, (height, width), augment))
-        if augment.color_jitter:  # commutes with the flip: the mean that contrast needs is the same
-            part = np.asarray(_jitter(Image.fromarray(part), u, augment))
-        if augment.flip and u[FLIP] < 0.5:
-            part = part[:, ::-1]
-        sample[:] = part if channels == 1 else part.transpose(2, 0, 1)
-
-
-def _bottom(image: Image.Image, draws: npt.NDArray[np.float64], augment: Augment) -> int:
-    """Return the first row of an upright picture that no sample needs."""
-    if augment.crop != "random-resized":
-        return image.height
-    boxes = (random_resized_crop_box(u, image.height, image.width, augment.scale, augment.ratio) for u in draws)
-    return max((top + h for top, _, h, _ in boxes), default=0)
-
-
-def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    height, width = size
-    return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _resize_exact(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    return np.asarray(_resize(Image.fromarray(pixels), size))
-
-
-def _resize_fast(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Resize [H, W, 3] as Pillow does, but for the rounding: torch's weights have fewer bits.
-
-    On x86 the channels-last uint8 code of torch runs in the calling thread alone (2.14), so the decoders cannot crowd
-    each other out. Other processors take other code: their pixels may differ by one.
-    """
-    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]  # a copy: dense rows are faster, and writable
-    return F.interpolate(image, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
-
-
-def _jitter(image: Image.Image, u: Sequence[float] | npt.NDArray[np.float64], augment: Augment) -> Image.Image:
-    if augment.color_jitter:
-        for i, enhance in enumerate((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)):
-            factor = 1 + augment.color_jitter * (2 * float(u[JITTER + i]) - 1)
-            image = enhance(image).enhance(max(0.0, factor))
-    return image
-
-
-def _crop_resized(
-    image: Image.Image, u: Sequence[float] | npt.NDArray[np.float64], size: tuple[int, int], augment: Augment
-) -> Image.Image:
-    """Resize, then crop anywhere or at the centre."""
-    if augment.crop == "center":
-        return _center(image, size)
-    image, (height, width) = _resize_to_cover(image, size), size
-    top, left = int(u[0] * (image.height - height + 1)), int(u[1] * (image.width - width + 1))
-    return image.crop((left, top, left + width, top + height))
+# ------------------------------------------------------------------------------------------------ evaluation
 
 
 def eval_image(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Pixels:
@@ -482,19 +348,20 @@ def eval_image(image: Image.Image, size: tuple[int, int], crop_pct: float | None
         crop_pct: share of the short side that the crop covers, in (0, 1]; given, it holds for pictures of exactly
             `size` too.
     """
-    return _to_array(_center(image, size, crop_pct))
+    return to_array(center(image, size, crop_pct))
 
 
-def _center(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Image.Image:
+def center(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Image.Image:
+    """Resize and crop the centre; see `eval_image`."""
     height, width = size
     if crop_pct is None and (image.height, image.width) == size:
         return image
-    image = _resize_to_cover(image, size, crop_pct)
+    image = resize_to_cover(image, size, crop_pct)
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def _resize_to_cover(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Image.Image:
+def resize_to_cover(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Image.Image:
     """Resize, keeping the aspect, to the smallest picture that covers `size` and its border."""
     image = _cut_strip(image)
     if crop_pct is not None:
@@ -506,7 +373,13 @@ def _resize_to_cover(image: Image.Image, size: tuple[int, int], crop_pct: float 
         shape = target_w, max(target_h, int(target_w * image.height / image.width))
     else:
         shape = max(target_w, int(target_h * image.width / image.height)), target_h
-    return _resize(image, (shape[1], shape[0]))
+    return resize(image, (shape[1], shape[0]))
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to (height, width) with the bicubic filter of Pillow, as all pictures here are."""
+    height, width = size
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _cut_strip(image: Image.Image) -> Image.Image:
@@ -518,6 +391,7 @@ def _cut_strip(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + w, top + h))
 
 
-def _to_array(image: Image.Image) -> Pixels:
+def to_array(image: Image.Image) -> Pixels:
+    """Return a picture as [C, H, W]."""
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

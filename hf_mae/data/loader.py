@@ -105,11 +105,13 @@ class Loader:
         worker_kind: threads, or processes for more than about eight cores a rank.
         max_bad_fraction: of the rows; `count_bad` raises when there are more.
         max_pixels: largest picture that is decoded.
-        decoder: see `hf_mae.data.images.sample_pixels`.
+        decoder: see `hf_mae.data.augment.sample_pixels`.
         repeats: samples made of each image, all in one batch.
         pin_memory: put the batches into page-locked memory, from which copies to a GPU need not be waited for. Without
             CUDA it changes nothing.
         extras: (epochs [n], positions [n]) to more tensors of the batch, such as mask noise; called in a worker thread.
+        num_classes: refuse a batch with a label outside 0 to num_classes - 1; None takes any. `check_labels` has seen
+            most labels before, this sees all that are used.
         depth: batches decoded ahead; None is what makes about 2,048 samples.
         ahead: see `Stream`.
         readers: see `Stream`.
@@ -140,6 +142,7 @@ class Loader:
         repeats: int = 1,
         pin_memory: bool = False,
         extras: Extras | None = None,
+        num_classes: int | None = None,
         depth: int | None = None,
         ahead: float = 0.5,
         readers: int = 4,
@@ -171,7 +174,7 @@ class Loader:
             readers=readers,
         )
         self._cursor, self._stop = cursor, stop
-        self._extras, self._num_workers = extras, num_workers
+        self._extras, self._num_workers, self._num_classes = extras, num_workers, num_classes
         self._images = global_batch // repeats // world  # of this rank, in one batch
         self._depth = depth if depth is not None else min(8, max(1, SAMPLES_AHEAD // (global_batch // world)))
         self._max_bad_fraction = max_bad_fraction
@@ -308,6 +311,10 @@ class Loader:
         chunks = [future.result() for future in piece.futures]
         rows = zip(chunks, piece.rows.tolist(), strict=True)
         labels = torch.tensor([int(chunk.labels[row]) for chunk, row in rows], dtype=torch.int64)
+        replaced = {i for i, _ in failures}  # these bring the label of their stand-in
+        for i, label in enumerate(labels.tolist() if self._num_classes is not None else ()):
+            if i not in replaced:
+                self._check_label(label, int(piece.chunks[i]), int(piece.rows[i]))
         bad: list[BadSample] = []
         for i, reason in sorted(failures):
             chunk, row = int(piece.chunks[i]), int(piece.rows[i])
@@ -348,9 +355,20 @@ class Loader:
                 if failed := self._decoder([data.images[other]], *place, out):
                     self._undecodable[number, other] = data.error or failed[0][1]
                     continue
+                self._check_label(int(data.labels[other]), number, other)
                 return int(data.labels[other])
         bad = {self._source.describe(c, r): reason for (c, r), reason in list(self._undecodable.items())[:5]}
         raise RuntimeError(f"none of the {self._order.num_rows} images can be decoded; {first_reasons(bad)}")
+
+    def _check_label(self, label: int, chunk: int, row: int) -> None:
+        if self._num_classes is None or 0 <= label < self._num_classes:
+            return
+        shard, number = self._source.describe(chunk, row)
+        what = "has no label" if label == -1 else f"has the label {label}"
+        raise RuntimeError(
+            f"{shard} row {number} {what}, and the classes are 0 to {self._num_classes - 1}; mend or remove that row, "
+            "then start again: the run continues from its last checkpoint"
+        )
 
     def _read_spare(self, chunk: int) -> Chunk:
         for number, data in self._spare:

@@ -1,4 +1,4 @@
-"""Decoding of good, odd and hostile files; crops against torchvision and the official draws."""
+"""Decoding of good, odd and hostile files; samples by the short way have the bits of the long one."""
 
 from __future__ import annotations
 
@@ -17,23 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
-import torch
 from PIL import Image, features
 
+from hf_mae.data import augment as augment_module
 from hf_mae.data import images as images_module
-from hf_mae.data.images import (
-    CROP_TRIES,
-    FLIP,
-    JITTER,
-    NUM_UNIFORMS,
-    ImageError,
-    augment_image,
-    decode_image,
-    eval_image,
-    exif_orientation,
-    random_resized_crop_box,
-    sample_pixels,
-)
+from hf_mae.data.augment import NUM_UNIFORMS, augment_image, random_resized_crop_box, sample_pixels
+from hf_mae.data.images import ImageError, decode_image, exif_orientation
 from hf_mae.recipes.base import Augment
 
 
@@ -209,132 +198,6 @@ def test_damaged_exif_means_upright(exif):
     assert exif_orientation(exif) == 1
 
 
-# ------------------------------------------------------------------------------------------------ crops
-
-
-def torch_row(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> np.ndarray:
-    """Draw from torch's generator in the order of the official code, as uniforms."""
-    u = np.zeros(NUM_UNIFORMS)
-    for k in range(CROP_TRIES):
-        u[4 * k], u[4 * k + 1] = torch.rand(1).item(), torch.rand(1).item()
-        area = height * width * (scale[0] + u[4 * k] * (scale[1] - scale[0]))
-        aspect = np.exp(np.log(ratio[0]) + u[4 * k + 1] * (np.log(ratio[1]) - np.log(ratio[0])))
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if w <= width and h <= height:
-            u[4 * k + 2] = (torch.randint(0, height - h + 1, (1,)).item() + 0.5) / (height - h + 1)
-            u[4 * k + 3] = (torch.randint(0, width - w + 1, (1,)).item() + 0.5) / (width - w + 1)
-            break
-    return u
-
-
-def test_crop_boxes_equal_the_official_draws(goldens):
-    draws = json.loads((goldens / "golden.json").read_text())["random_resized_crop"]["draws"]
-    assert len(draws) == 4
-    for case in draws:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(case["seed"])
-            for box in case["pretrain_torchvision_scale_0.2_1"]:
-                u = torch_row(case["height"], case["width"], (0.2, 1.0), (3 / 4, 4 / 3))
-                assert random_resized_crop_box(u, case["height"], case["width"]) == tuple(box)
-
-
-def test_strips_fall_back_to_a_central_box():
-    u = np.zeros(NUM_UNIFORMS)
-    assert random_resized_crop_box(u, 640, 64) == (277, 0, 85, 64)
-    assert random_resized_crop_box(u, 64, 640) == (0, 277, 64, 85)
-
-
-def test_random_resized_crop_is_bit_equal_to_torchvision():
-    transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is not a dependency")
-    crop = transforms.RandomResizedCrop((24, 16), (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
-    augment = Augment(flip=False)
-    with torch.random.fork_rng(devices=[]):
-        for i, (h, w) in enumerate([(40, 60), (61, 33), (20, 20), (8, 90), (130, 111)]):
-            image = noise(h, w, seed=i)
-            torch.manual_seed(i)
-            u = torch_row(h, w, augment.scale, augment.ratio)
-            torch.manual_seed(i)
-            assert np.array_equal(
-                augment_image(image, u, (24, 16), augment), np.asarray(crop(image)).transpose(2, 0, 1)
-            )
-
-
-@pytest.mark.parametrize("side", [32, 224])
-def test_centre_crop_is_bit_equal_to_torchvision(side):
-    transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is not a dependency")
-    official = transforms.Compose(
-        [
-            transforms.Resize(int(side * 256 / 224), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(side),
-        ]
-    )
-    for i, (h, w) in enumerate([(48, 64), (67, 41), (300, 270), (33, 90)]):
-        image = noise(h, w, seed=i)
-        assert np.array_equal(eval_image(image, (side, side)), np.asarray(official(image)).transpose(2, 0, 1))
-
-
-def test_jitter_equals_torchvision_in_the_documented_order():
-    functional = pytest.importorskip("torchvision.transforms.functional", reason="torchvision is not a dependency")
-    image, u = noise(10, 10), np.full(NUM_UNIFORMS, 0.9)
-    u[JITTER : JITTER + 3] = 0.1, 0.75, 0.5
-    ours = augment_image(image, u, (10, 10), Augment(crop="center", flip=False, color_jitter=0.4))
-    theirs = functional.adjust_brightness(image, 0.68)
-    theirs = functional.adjust_saturation(functional.adjust_contrast(theirs, 1.2), 1.0)
-    assert np.array_equal(ours, np.asarray(theirs).transpose(2, 0, 1))
-
-
-def test_centre_is_the_identity_at_the_target_size():
-    for channels, mode in ((3, "RGB"), (1, "L")):
-        image = noise(32, 32, channels)
-        assert image.mode == mode
-        assert np.array_equal(eval_image(image, (32, 32)), np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))
-
-
-def test_flip_mirrors_below_one_half_only():
-    image, u = noise(12, 12), np.zeros(NUM_UNIFORMS)
-    augment = Augment(crop="center")
-    u[FLIP] = 0.5
-    plain = augment_image(image, u, (12, 12), augment)
-    u[FLIP] = 0.49
-    assert np.array_equal(augment_image(image, u, (12, 12), augment), plain[:, :, ::-1])
-
-
-def test_fixed_crop_reaches_every_corner():
-    image, augment = noise(256, 256), Augment(crop="fixed", flip=False)  # already at 256: no resampling
-    pixels, u = np.asarray(image).transpose(2, 0, 1), np.zeros(NUM_UNIFORMS)
-    assert np.array_equal(augment_image(image, u, (224, 224), augment), pixels[:, :224, :224])
-    u[:2] = 1 - 2**-53
-    assert np.array_equal(augment_image(image, u, (224, 224), augment), pixels[:, 32:, 32:])
-
-
-@pytest.mark.parametrize("crop", ["random-resized", "fixed", "center"])
-@pytest.mark.parametrize("shape", [(5000, 1), (1, 5000), (1, 1), (2, 3), (30, 1000)])
-@pytest.mark.parametrize("size", [(224, 224), (32, 64)])
-def test_extreme_shapes_give_the_asked_size(crop, shape, size, monkeypatch):
-    largest, resize = [0], Image.Image.resize
-
-    def counting(self, shape, *args, **kwargs):
-        largest.append(shape[0] * shape[1])
-        return resize(self, shape, *args, **kwargs)
-
-    monkeypatch.setattr(Image.Image, "resize", counting)
-    for value in (0.0, 0.3, 1 - 2**-53):
-        out = augment_image(noise(*shape), np.full(NUM_UNIFORMS, value), size, Augment(crop=crop, color_jitter=0.3))
-        assert out.shape == (3, *size)
-        assert out.dtype == np.uint8
-    assert max(largest) <= 256 * 16 * 256
-
-
-def test_augmentation_touches_no_global_generator():
-    import random
-
-    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
-    augment_image(noise(40, 30), np.full(NUM_UNIFORMS, 0.4), (16, 16), Augment(color_jitter=0.4))
-    assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tobytes() == before[1]
-    assert torch.equal(torch.get_rng_state(), before[2])
-
-
 # ------------------------------------------------------------------------------------------------ samples
 
 
@@ -450,7 +313,7 @@ def test_rows_that_are_left_out_change_none_before_them(kind):
     data = JPEGS[kind]
     header, full = images_module._open(data, 10**6), np.asarray(decode_image(data))
     for bottom in range(1, len(full) + 1):
-        pixels = images_module._decode_plain_jpeg(header, data, bottom)
+        pixels = images_module._decode_plain_jpeg(header, data, lambda height, width, bottom=bottom: bottom)
         assert bottom <= len(pixels) <= min(bottom + 16, len(full))
         assert np.array_equal(pixels[:bottom], full[:bottom])
 
@@ -541,7 +404,7 @@ def test_both_decoders_take_the_boxes_of_augment_image(kind, monkeypatch):
         boxes.append((args[1:3], random_resized_crop_box(*args)))
         return boxes[-1][1]
 
-    monkeypatch.setattr(images_module, "random_resized_crop_box", recording)
+    monkeypatch.setattr(augment_module, "random_resized_crop_box", recording)
     found = []
     for function in (reference, samples, lambda *args: samples(*args, decoder="fast")):
         boxes.clear()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ import torch
 
 from hf_mae.data import decoding
 from hf_mae.data import loader as loader_module
+from hf_mae.data.augment import NUM_UNIFORMS, augment_image, sample_pixels
 from hf_mae.data.examples import load_examples
 from hf_mae.data.formats import ParquetSource
-from hf_mae.data.images import NUM_UNIFORMS, augment_image, decode_image, eval_image, sample_pixels
+from hf_mae.data.images import decode_image, eval_image
 from hf_mae.data.loader import (
     Loader,
     Stream,
@@ -464,6 +466,43 @@ def test_the_stand_in_is_the_next_good_row_with_the_failed_places_own_crop():
                 assert np.array_equal(out[0, 0], b.pixel_values[i].numpy())
                 checked += 1
     assert checked == len(wanted)
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 0}, {"num_workers": 2}, {"worker_kind": "process"}], ids=str)
+def test_a_label_outside_the_classes_ends_the_run_with_its_row(options):
+    """The label of a row of FakeSource is its number: all are known to N classes, the last row is not to N - 1."""
+    everything = run(FakeSource(SIZES, bad=BAD, broken=[5]), num_classes=N, max_bad_fraction=0.1, **options)
+    assert everything == run(FakeSource(SIZES, bad=BAD, broken=[5]), max_bad_fraction=0.1, **options)
+    with pytest.raises(
+        RuntimeError, match=rf"shard9 row 1 has the label {N - 1}, and the classes are 0 to {N - 2}; mend"
+    ):
+        run(FakeSource(SIZES), num_classes=N - 1, **options)
+
+
+def test_a_missing_label_of_a_good_image_is_refused_and_that_of_a_replaced_one_is_not():
+    class Unlabelled(FakeSource):
+        def read(self, chunk):
+            data = super().read(chunk)
+            return replace(data, labels=np.where(data.labels == 3, -1, data.labels))
+
+    assert run(Unlabelled(SIZES, bad=[3]), num_classes=N, max_bad_fraction=0.1, num_workers=0)
+    with pytest.raises(RuntimeError, match=r"shard0 row 3 has no label, and the classes are"):
+        run(Unlabelled(SIZES), num_classes=N, num_workers=0)
+    with pytest.raises(RuntimeError, match=r"shard0 row 3 has no label"):  # as the stand-in of row 2
+        run(Unlabelled(SIZES, bad=[2]), num_classes=N, num_workers=0)
+
+
+@pytest.mark.parametrize("workers", ["thread", "process"])
+def test_all_augmentation_is_a_function_of_the_position(workers):
+    augment = Augment(crop="clamped", scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1", erase_prob=0.5)
+    alone = run(FakeSource(SIZES), num_workers=0, augment=augment)
+    assert run(FakeSource(SIZES), world=2, num_workers=2, worker_kind=workers, augment=augment) == alone
+
+
+def test_augmentation_that_cannot_be_is_refused_when_the_loader_is_made():
+    source = FakeSource(SIZES)
+    with pytest.raises(ValueError, match="does not begin with rand"):
+        Loader(source, order_of(source), global_batch=8, **(FIXED | {"augment": Augment(rand_augment="v0")}))
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -1,0 +1,189 @@
+"""RandAugment (Cubuk et al. 2020) as timm has it: its syntax and its operations, with draws of our own."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+LEVELS = 10
+"""The scale of magnitudes: at 10 every operation reaches its nominal strength."""
+
+# The draws of one layer: which operation, whether to apply it, how strong, in which direction.
+DRAWS = 4
+
+_COMMON = ("AutoContrast", "Equalize", "Invert", "Rotate")
+_GEOMETRIC = ("ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+OPS = (*_COMMON, "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness", *_GEOMETRIC)
+"""timm's operations, in its order."""
+INCREASING_OPS = tuple(
+    f"{name}Increasing" if name in ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness") else name
+    for name in OPS
+)
+"""The same with those whose effect grows with the magnitude (`inc1`)."""
+
+_SECTION = re.compile(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?)")
+_EXAMPLE = "timm's syntax is such as rand-m9-mstd0.5-inc1"
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """Some operations in a row, each chosen from fifteen with replacement."""
+
+    magnitude: int = LEVELS
+    """`m`: the mean strength."""
+    layers: int = 2
+    """`n`: operations for each picture."""
+    prob: float = 0.5
+    """`p`: how likely each is applied; timm's default is 0.5, the paper applies all."""
+    magnitude_std: float = 0.0
+    """`mstd`: deviation of the strength, drawn for each operation; infinite is uniform in [0, magnitude]."""
+    magnitude_max: int = LEVELS
+    """`mmax`: where the strength is cut."""
+    increasing: bool = False
+    """`inc`."""
+
+    @property
+    def num_uniforms(self) -> int:
+        """How many uniforms `__call__` needs."""
+        return DRAWS * self.layers
+
+    def __call__(
+        self, image: Image.Image, u: Sequence[float] | npt.NDArray[np.float64], mean: Sequence[float]
+    ) -> Image.Image:
+        """Apply the operations that the uniforms choose.
+
+        Args:
+            image: in mode RGB or L.
+            u: uniforms in [0, 1): choice, application, magnitude and sign of each layer.
+            mean: colour of what comes into view at the border, one number in [0, 1] for each channel.
+
+        Returns:
+            A picture of the same mode and size.
+        """
+        for layer in range(self.layers):
+            u_op, u_apply, u_level, u_sign = (float(x) for x in u[DRAWS * layer : DRAWS * (layer + 1)])
+            if u_apply < self.prob:
+                name = (INCREASING_OPS if self.increasing else OPS)[int(u_op * len(OPS))]
+                image = apply_op(image, name, self.level(u_level), negative=u_sign >= 0.5, mean=mean)
+        return image
+
+    def level(self, u: float) -> float:
+        """Draw the strength of an operation by its quantile."""
+        if math.isinf(self.magnitude_std):
+            level = u * self.magnitude
+        elif self.magnitude_std:
+            # The least uniform above 0 stands for 0, whose quantile is infinite.
+            level = NormalDist(self.magnitude, self.magnitude_std).inv_cdf(max(u, 2.0**-53))
+        else:
+            level = float(self.magnitude)
+        return max(0.0, min(level, float(self.magnitude_max)))
+
+
+@cache
+def parse_rand_augment(text: str) -> RandAugment:
+    """Read `rand-m9-mstd0.5-inc1`: sections m, n, p, mstd, mmax and inc in any order, as timm does.
+
+    Differs from timm: what it passes over or takes for something else is refused, and so are its other sets of
+    operations (`t`).
+
+    Raises:
+        ValueError: the text is not of this form; names the section.
+    """
+    named = f"augment.rand_augment={text!r}"
+    first, *sections = text.split("-")
+    if first != "rand":
+        raise ValueError(f"{named} does not begin with rand; {_EXAMPLE}")
+    values: dict[str, str] = {}
+    for section in sections:
+        match = _SECTION.fullmatch(section)
+        if match is None:
+            raise ValueError(
+                f"{named}: {section!r} is none of m, n, p, mstd, mmax and inc with a number after it; {_EXAMPLE}"
+            )
+        key, value = match.groups()
+        if key in values:
+            raise ValueError(f"{named}: {key} is given twice; leave one out")
+        if key not in ("p", "mstd") and "." in value:
+            raise ValueError(f"{named}: {key} must be a whole number, not {value}")
+        values[key] = value
+    std = float(values.get("mstd", 0))
+    chosen = RandAugment(
+        magnitude=int(values.get("m", LEVELS)),
+        layers=int(values.get("n", 2)),
+        prob=float(values.get("p", 0.5)),
+        magnitude_std=math.inf if std > 100 else std,
+        magnitude_max=int(values.get("mmax", LEVELS)) or LEVELS,
+        increasing=int(values.get("inc", 0)) == 1,
+    )
+    if values.get("inc", "0") not in ("0", "1"):
+        raise ValueError(f"{named}: inc must be 0 or 1, not {values['inc']}")
+    if chosen.prob > 1:
+        raise ValueError(f"{named}: p={chosen.prob} is above 1, and it is a probability")
+    if not 1 <= chosen.layers <= 16:
+        raise ValueError(f"{named}: n={chosen.layers} must lie in 1 to 16; 2 is usual")
+    if chosen.magnitude > chosen.magnitude_max:
+        raise ValueError(
+            f"{named}: m={chosen.magnitude} is above mmax={chosen.magnitude_max}, which cuts it; use "
+            f"m{chosen.magnitude_max}, or add mmax{chosen.magnitude}"
+        )
+    return chosen
+
+
+def apply_op(image: Image.Image, name: str, level: float, *, negative: bool, mean: Sequence[float]) -> Image.Image:
+    """Apply one of timm's operations at a strength.
+
+    Args:
+        image: in mode RGB or L.
+        name: from `OPS` or `INCREASING_OPS`.
+        level: strength on the scale of `LEVELS`.
+        negative: turn, shear, shift or fade the other way.
+        mean: as in `RandAugment`.
+    """
+    fill = [min(255, round(255 * x)) for x in mean]
+    return operations()[name](
+        image,
+        *op_arguments(name, level, negative=negative),
+        # One number, not a choice of two: timm would draw it.
+        resample=Image.Resampling.BICUBIC,
+        fillcolor=tuple(fill) if len(fill) > 1 else fill[0],
+    )
+
+
+@cache
+def operations() -> Mapping[str, Callable[..., Image.Image]]:
+    """Import timm's operations by name; slow, and most recipes do without."""
+    from timm.data.auto_augment import NAME_TO_OP
+
+    return NAME_TO_OP
+
+
+def op_arguments(name: str, level: float, *, negative: bool) -> tuple[float, ...]:
+    """Turn a strength into what an operation takes, as timm's table does: degrees, a factor, a threshold, bits."""
+    part, sign = level / LEVELS, -1 if negative else 1
+    base, increasing = name.removesuffix("Increasing"), name.endswith("Increasing")
+    if base in ("AutoContrast", "Equalize", "Invert"):
+        return ()
+    if base == "Rotate":
+        return (sign * part * 30.0,)  # degrees
+    if base in ("ShearX", "ShearY"):
+        return (sign * part * 0.3,)
+    if base in ("TranslateXRel", "TranslateYRel"):
+        return (sign * part * 0.45,)  # share of the side
+    if base == "Posterize":
+        bits = int(part * 4)  # kept
+        return (4 - bits if increasing else bits,)
+    if base == "Solarize":
+        threshold = min(256, int(part * 256))  # brighter values are inverted
+        return (256 - threshold if increasing else threshold,)
+    if base == "SolarizeAdd":
+        return (min(128, int(part * 110)),)
+    assert base in ("Color", "Contrast", "Brightness", "Sharpness"), name
+    return (max(0.1, 1.0 + sign * part * 0.9) if increasing else part * 1.8 + 0.1,)  # 1 changes nothing

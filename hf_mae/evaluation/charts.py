@@ -69,7 +69,9 @@ def _draw_matrix(share: Tensor, results: ClassResults, names: Sequence[str], pat
     fig = Figure(figsize=(side + 2.6, side + 2.2), layout="constrained")
     ax = fig.add_subplot()
     # The square root of the share, so that a rare confusion can be seen beside the diagonal.
-    image = ax.imshow(100 * share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100), interpolation="nearest")
+    image = ax.imshow(
+        (100 * share).numpy(), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100), interpolation="nearest"
+    )
     size = 5.5 if n > 50 else 7 if n > 20 else 9
     labels = [_short(name) for name in names]
     ax.set_xticks(range(n), labels, rotation=90, fontsize=size)
@@ -134,8 +136,8 @@ def draw_worst(pictures: Sequence[Tensor], results: ClassResults, names: Sequenc
         ax.set_axis_off()
     for ax, picture, mistake in zip(axes, pictures, results.worst, strict=False):
         _show(ax, picture)
-        said, truth = names[mistake.predicted], names[mistake.true]
-        caption = f"{_wrapped(said)}\n{100 * mistake.confidence:.0f}% sure; true:\n{_wrapped(truth)}"
+        said = _wrapped(f"predicted: {names[mistake.predicted]} ({100 * mistake.confidence:.0f}%)")
+        caption = f"{said}\n{_wrapped(f'true: {names[mistake.true]}')}"
         ax.set_title(caption, fontsize=8)
     _save(fig, path)
 
@@ -166,7 +168,7 @@ def draw_attention(images: Tensor, attention: Tensor, grid: tuple[int, int], pat
     for row in range(n):
         _show(axes[row, 0], images[row])
         for column, values in enumerate(maps[row], start=1):
-            axes[row, column].imshow(values, cmap="magma", vmin=0, interpolation="nearest")
+            axes[row, column].imshow(values.numpy(), cmap="magma", vmin=0, interpolation="nearest")
         for ax in axes[row]:
             ax.set_axis_off()
     for ax, title in zip(axes[0], titles, strict=True):
@@ -416,7 +418,7 @@ def _short(name: str, limit: int = 30) -> str:
 
 
 def _wrapped(name: str) -> str:
-    return _plain("\n".join(textwrap.wrap(name.replace("_", " "), 26, max_lines=2, placeholder=" ...")))
+    return _plain("\n".join(textwrap.wrap(name.replace("_", " "), 34, max_lines=2, placeholder=" ...")))
 
 
 def _save(fig: Figure, path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.models.modeling_classification import MAEForImageClassification
@@ -135,6 +136,7 @@ class ToyRun:
     best: str | None = None
     patience: int | None = None
     interrupt = staticmethod(interrupt)
+    forward_methods = ()
 
     def build(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         model = MAEForPreTraining(MAEConfig(**(CONFIG | self.config)))
@@ -157,6 +159,8 @@ class ToyRun:
         plan = make_plan(self.recipe, steps_per_epoch=5)
         torch.manual_seed(0)
         task, optimizer = accelerator.prepare(*self.build())
+        for method in self.forward_methods:
+            register_fsdp_forward_method(accelerator.unwrap_model(task), method)
         average = MovingAverage(task, 0.9) if self.ema else None
         state, window = TrainState(trivial_loss=1.0), Window(torch.device("cpu"))
         if resume is not None:
@@ -298,6 +302,7 @@ class ClassifierRun(ToyRun):
 
     recipe: ClassifierRecipe = FINE_TUNING
     ema: bool = True
+    forward_methods = ("logits", "features", "attention")
 
     def build(self):
         probe = self.recipe.optim.name == "lars"
@@ -326,6 +331,13 @@ def toy(tmp_path):
 def classifier(tmp_path, request):
     recipe = FINE_TUNING if request.param == "fine-tuning" else PROBE
     return ClassifierRun(tmp_path / "run", recipe=recipe, micro_batch=4, ema=recipe is FINE_TUNING)
+
+
+@pytest.fixture
+def judged(classifier):
+    """With an evaluation now and then, and the best model kept."""
+    best = "eval_loss" if classifier.recipe.optim.name == "lars" else "top1"
+    return replace(classifier, evaluators=(Accuracy(),), best=best)
 
 
 @pytest.fixture

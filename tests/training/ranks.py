@@ -56,6 +56,44 @@ def same(a, b):
     return all(torch.equal(x.detach(), y.detach()) for x, y in zip(a.values(), b.values(), strict=True))
 
 
+def classifiers(results):
+    """Fine-tuning and the probe, by DDP and FSDP2: what they make, and that they take it up again."""
+    quality = {"evaluators": (toy.Accuracy(),), "micro_batch": 4}
+    tuning = toy.ClassifierRun(FOLDER / "tuning_ddp", best="top1", **quality)
+    probe = toy.ClassifierRun(FOLDER / "probe_ddp", best="eval_loss", ema=False, recipe=toy.PROBE, **quality)
+    for name, run in (("tuning", tuning), ("probe", probe)):
+        for kind, make in (("ddp", toy.cpu_accelerator), ("fsdp", fsdp_accelerator)):
+            run = replace(run, out=FOLDER / f"{name}_{kind}", make_accelerator=make)
+            run.train()
+            again = replace(run, out=FOLDER / f"{name}_{kind}_resumed")
+            again.train(resume=run.out / "checkpoints" / "step_00000016")
+            results[f"{name}_{kind}_resumes_exactly"] = (
+                same(whole(again), whole(run))
+                and same(dict(again.task.named_buffers()), dict(run.task.named_buffers()))
+                and again.state == run.state
+                and (run.average is None or same(shadow(again), shadow(run)))
+            )
+            if name == "tuning":
+                results[f"{kind}_average"] = averages(run)
+
+
+def averages(run):
+    """Scores with the weights, with their averages, and with the weights again; then the weights' own bits."""
+    inner, before = getattr(run.task, "module", run.task).eval(), whole(run)
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        scores = [inner.logits({"pixel_values": pixels})]
+        with run.average.swapped():
+            scores.append(inner.logits({"pixel_values": pixels}))
+        scores.append(inner.logits({"pixel_values": pixels}))
+    attention = inner.attention(pixels)
+    return {"scores": [x.tolist() for x in scores], "same": same(whole(run), before), "attention": attention.tolist()}
+
+
+def shadow(run):
+    return {k: full(v) for k, v in run.average.state().items()}
+
+
 def main():
     torch.set_num_threads(1)
     results = {}
@@ -143,6 +181,7 @@ def main():
         register_fsdp_forward_method(accelerator.unwrap_model(run.task), "features")
         found = extract_features(run.task, images, accelerator, batch=4)
         results[f"{name}_features"] = found.tolist()
+    classifiers(results)
     if RANK == 0:
         (FOLDER / "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from hf_mae.evaluation.features import extract_features
+from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.recipes.base import Engine
 from hf_mae.training import distributed
+from hf_mae.training.tasks import Classification
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.multiprocess
@@ -29,7 +31,7 @@ def launched(tmp_path_factory):
         [sys.executable, *command, str(HERE / "conftest.py"), str(folder)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
@@ -120,6 +122,60 @@ def test_features_of_two_ranks_are_those_of_one_in_the_order_of_the_images(launc
     images = torch.randint(0, 256, (11, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     expected = extract_features(one.task.eval(), images, one.make_accelerator())
     torch.testing.assert_close(torch.tensor(results[f"{kind}_features"]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def one_classifier(judged):
+    """One process with two micro-batches, and the name of the launched runs like it."""
+    judged.train()
+    return judged, "probe" if judged.recipe.optim.name == "lars" else "tuning"
+
+
+def test_two_processes_train_a_classifier_as_one_with_two_micro_batches(launched, one_classifier):
+    """To the last bit: mixing, drop path, averages, running statistics; the ratio of norms in LARS to rounding."""
+    one, name = one_classifier
+    two, last = launched / f"{name}_ddp", "checkpoints/step_00000020"
+    folders = [f"{last}/model", "best/model"] + ([f"{last}/model_ema"] if one.ema else [])
+    for folder in folders:
+        mine, theirs = (load_file(out / folder / "model.safetensors") for out in (one.out, two))
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            rounding = 1e-6 if key == "head.1.weight" else 0.0
+            torch.testing.assert_close(theirs[key], value, atol=0.0, rtol=rounding)
+    best, other = (json.loads((out / "best" / "best.json").read_text()) for out in (one.out, two))
+    assert best["step"] == other["step"]
+    assert best["numbers"] == pytest.approx(other["numbers"], rel=1e-6)
+
+
+def test_fsdp2_trains_a_classifier_as_ddp_does(launched, one_classifier):
+    one, name = one_classifier
+    sharded = load_file(launched / f"{name}_fsdp" / "checkpoints" / "step_00000020" / "model" / "model.safetensors")
+    for key, value in one.weights().items():
+        torch.testing.assert_close(sharded[key.removeprefix("model.")], value, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["tuning", "probe"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_classifier_on_two_processes_resumes_exactly(results, name, kind):
+    assert results[f"{name}_{kind}_resumes_exactly"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_averaged_weights_are_scored_and_leave_no_trace(launched, results, kind):
+    """Under FSDP2 a forward pass leaves gathered weights behind, which must not be taken for the averages."""
+    raw, averaged, again = (torch.tensor(x) for x in results[f"{kind}_average"]["scores"])
+    assert torch.equal(raw, again)
+    assert results[f"{kind}_average"]["same"]
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    for folder, expected in (("model", raw), ("model_ema", averaged)):
+        model = MAEForImageClassification.from_pretrained(
+            launched / f"tuning_{kind}" / "checkpoints" / "step_00000020" / folder
+        )
+        logits = Classification(model.eval(), (0.5,) * 3, (0.5,) * 3).logits({"pixel_values": pixels})
+        torch.testing.assert_close(logits.detach(), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(raw, averaged, atol=1e-3)
+    attention = torch.tensor(results[f"{kind}_average"]["attention"])
+    assert attention.shape == (4, 2, 16)
 
 
 def test_a_precision_that_only_the_launcher_asked_for_is_said(monkeypatch):

@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_mae.evaluation.classification import ClassResults
 
@@ -35,17 +34,16 @@ PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 def draw_confusion(results: ClassResults, names: Sequence[str], path: Path, *, pairs: int = 20) -> None:
     """Draw which class is taken for which: a matrix up to 100 classes, the most confused pairs as bars above.
 
+    Above 2,000 classes there are no such counts, and nothing is drawn.
+
     Args:
         results: of one split.
         names: of the classes.
         path: of the picture.
         pairs: how many bars.
-
-    Raises:
-        ValueError: there is no confusion matrix (more than 2,000 classes).
     """
     if results.confusion is None:
-        raise ValueError(f"there is no confusion matrix of {len(names)} classes; draw the accuracy per class instead")
+        return
     share = results.confusion.double() / results.class_examples.clamp(min=1).unsqueeze(1)  # of the true class
     if len(names) <= MAX_MATRIX:
         _draw_matrix(share, results, names, path)
@@ -118,7 +116,7 @@ def draw_per_class(results: ClassResults, names: Sequence[str], path: Path) -> N
     _save(fig, path)
 
 
-def draw_worst(pictures: Sequence[Tensor], results: ClassResults, names: Sequence[str], path: Path) -> None:
+def draw_worst(pictures: Sequence[Tensor] | Tensor, results: ClassResults, names: Sequence[str], path: Path) -> None:
     """Draw the most confident mistakes with their true and predicted classes.
 
     Args:
@@ -207,13 +205,18 @@ Points = Sequence[tuple[float, float, float]]
 
 
 def draw_partial(
-    points: Mapping[str, Points], path: Path, *, reference: Mapping[str, Sequence[tuple[float, float]]] | None = None
+    points: Mapping[str, Points],
+    path: Path,
+    *,
+    depth: int | None = None,
+    reference: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> None:
     """Draw accuracy against the number of trained blocks, like Figure 9 of the paper.
 
     Args:
         points: per name of a line, (blocks, mean, standard deviation); blocks may be 0.5, and inf for all of them.
         path: of the picture.
+        depth: blocks of the encoder; so many are marked as all.
         reference: per name, (blocks, accuracy) that was published: dashed.
     """
     published = reference or {}
@@ -244,7 +247,9 @@ def draw_partial(
             markerfacecolor="white",
             label=_plain(name),
         )
-    ax.set_xticks(range(len(blocks)), ["all" if math.isinf(k) else f"{k:g}" for k in blocks])
+    ax.set_xticks(
+        range(len(blocks)), ["all" if math.isinf(k) else f"{k:g}{' (all)' if k == depth else ''}" for k in blocks]
+    )
     ax.set_xlabel("trained blocks (0: head only, 0.5: MLP of the last block)")
     ax.set_ylabel("top-1 accuracy in %")
     ax.grid(axis="y", color="0.9")
@@ -290,8 +295,8 @@ def draw_protocols(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the accuracy of each protocol as bars with their deviation, a panel per data set.
 
     Args:
-        rows: each with `data` and `protocol` (names), `mean` and `sd` (fractions; sd may be None for a single run) and
-            `runs`. Protocols and data sets keep the order of their first appearance.
+        rows: each with `data` and `protocol` (names), `mean` and `sd` (fractions; sd is None for a single run) and
+            `values` (one per run). Protocols and data sets keep the order of their first appearance.
         path: of the picture.
     """
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
@@ -314,61 +319,11 @@ def draw_protocols(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ax.set_xlabel("top-1 accuracy in %")
     axes[0].set_yticks(range(len(protocols)), [_plain(p) for p in protocols])
     axes[0].invert_yaxis()
-    runs = sorted({int(row["runs"]) for row in rows})
+    runs = sorted({len(row["values"]) for row in rows})
     told = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
     fig.suptitle(f"Mean {PLUS_MINUS} standard deviation over {told} run{'' if runs == [1] else 's'}", fontsize=10)
     _bare(*axes)
     _save(fig, path)
-
-
-class ClassPictures:
-    """Draws all pictures of an evaluation into a folder; the `draw` of `ClassificationQuality`.
-
-    Writes confusion.png (up to 2,000 classes), per_class.png, reliability.png, worst.png and attention.png.
-
-    Args:
-        folder: where the pictures go; made if missing.
-        names: of the classes.
-        accelerator: carries device, precision and ranks.
-        picture: from the row of an example to its uint8 [C, H, W]; None draws no mistakes.
-        images: uint8 [n, C, H, W] whose attention is drawn, the same on every rank; None draws none.
-        grid: rows and columns of patches of the model; needed with `images`.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        names: Sequence[str],
-        accelerator: Accelerator,
-        *,
-        picture: Callable[[int], Tensor] | None = None,
-        images: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
-    ):
-        if images is not None and grid is None:
-            raise ValueError("grid=None, but images are given to draw attention; give rows and columns of patches")
-        self.folder, self.names, self.accelerator = folder, names, accelerator
-        self.picture, self.images, self.grid = picture, images, grid
-
-    def __call__(self, results: ClassResults, task: nn.Module) -> None:
-        """Draw. Every rank computes attention (sharded weights need all of them); the main process draws."""
-        attention = None
-        if self.images is not None:
-            inner: Any = self.accelerator.unwrap_model(task)
-            with torch.no_grad(), self.accelerator.autocast():
-                attention = inner.attention(self.images.to(self.accelerator.device)).float().cpu()
-        if not self.accelerator.is_main_process:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if results.confusion is not None:
-            draw_confusion(results, self.names, self.folder / "confusion.png")
-        draw_per_class(results, self.names, self.folder / "per_class.png")
-        draw_reliability(results, self.folder / "reliability.png")
-        if self.picture is not None:
-            pictures = [self.picture(mistake.row) for mistake in results.worst]
-            draw_worst(pictures, results, self.names, self.folder / "worst.png")
-        if self.images is not None and attention is not None and self.grid is not None:
-            draw_attention(self.images, attention, self.grid, self.folder / "attention.png")
 
 
 def _headline(results: ClassResults) -> str:

@@ -188,13 +188,12 @@ class FeatureQuality:
 class FrozenFeatures:
     """Evaluator: nearest neighbours and a logistic probe on the encoder's features, before the first update.
 
-    What the encoder knows before anything is trained: the cheap protocols beside the linear probe. The features come
-    from the batches' own transform, without augmentation.
+    What the encoder knows before anything is trained: the cheap protocols beside the linear probe.
 
     Args:
-        train: one pass gives this rank's batches of the training split (see `split_features`).
+        train: features (float32 [N, D]) and labels (int64 [N]) of the training split, see `split_features`.
         test: the same of the split to classify.
-        accelerator: carries device, precision and ranks.
+        accelerator: carries the ranks.
         knn: nearest neighbours, weighted and plain.
         logistic: logistic regression on standardised features; for up to some ten thousand examples.
         k: neighbours that vote.
@@ -203,8 +202,8 @@ class FrozenFeatures:
 
     def __init__(
         self,
-        train: Iterable[dict[str, Tensor]],
-        test: Iterable[dict[str, Tensor]],
+        train: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor],
         accelerator: Accelerator,
         *,
         knn: bool = True,
@@ -221,11 +220,9 @@ class FrozenFeatures:
 
     def __call__(self, task: nn.Module, step: int) -> dict[str, float]:
         """Return `knn_top1`, `knn_plain_top1` and `logistic_top1`, as far as asked for."""
-        train, train_labels, _ = split_features(task, self.train, self.accelerator)
-        test, test_labels, _ = split_features(task, self.test, self.accelerator)
         numbers: dict[str, float] = {}
         if self.accelerator.is_main_process:  # the others wait at the broadcast instead of doing the same work
-            labelled = train, train_labels, test, test_labels
+            labelled = *self.train, *self.test
             if self.knn:
                 numbers["knn_top1"] = knn_accuracy(*labelled, k=self.k, temperature=self.temperature)
                 numbers["knn_plain_top1"] = knn_accuracy(*labelled, k=self.k, temperature=None)

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_mae.evaluation.classification import ClassificationQuality, evaluate_real
-from hf_mae.evaluation.features import FrozenFeatures
+from hf_mae.evaluation.features import FrozenFeatures, split_features
 
 NAMES = [f"class {i}" for i in range(7)]
 
@@ -56,7 +56,9 @@ def evaluate(accelerator):
     numbers = quality(task, 1)
     del numbers["eval_images_per_second"]
     numbers |= evaluate_real(task, test, lambda row: [row % 7, 3] if row % 5 else [], accelerator)
-    frozen = FrozenFeatures(batches(rank, world, 41, 1), test, accelerator, k=5)
+    train, labels, _ = split_features(task, batches(rank, world, 41, 1), accelerator)
+    features, test_labels, _ = split_features(task, test, accelerator)
+    frozen = FrozenFeatures((train, labels), (features, test_labels), accelerator, k=5)
     return {"numbers": numbers | frozen(task, 0), "results": quality.latest["weights"].to_dict()}
 
 

@@ -143,13 +143,13 @@ def test_split_features_come_in_the_order_of_the_rows():
 def test_frozen_features_are_measured_once_before_the_first_update():
     train, labels = blobs(80, 1, spread=1.0)
     test, expected = blobs(40, 2, spread=1.0)
-    evaluator = FrozenFeatures(
-        as_batches(train, labels, range(80)), as_batches(test, expected, range(40)), Accelerator(cpu=True)
-    )
+    evaluator = FrozenFeatures((train, labels), (test, expected), Accelerator(cpu=True))
     assert [step for step in range(11) if evaluator.due(step, 10)] == [0]
     assert evaluator(Flat(), 0) == {
         "knn_top1": knn_accuracy(train, labels, test, expected),
         "knn_plain_top1": knn_accuracy(train, labels, test, expected, temperature=None),
         "logistic_top1": probe_accuracy(train, labels, test, expected),
     }
-    assert not FrozenFeatures([], [], Accelerator(cpu=True), knn=False, logistic=False).due(0, 10)
+    assert not FrozenFeatures((train, labels), (test, expected), Accelerator(cpu=True), knn=False, logistic=False).due(
+        0, 10
+    )

@@ -73,8 +73,8 @@ class MAEForImageClassification(MAEPreTrainedModel):
     def _init_linear(self, linear: nn.Linear) -> None:
         std = self.config.head_init_std
         if std > 0:
-            # Differs from the official bound of 2, which is no bound at 2e-5: PyTorch up to 2.12 drew, once in 2 ** 24
-            # values, infinity, and made it the bound.
+            # Differs from the official bound of 2, which bounds nothing at 2e-5: older versions of PyTorch invert a
+            # uniform number that can be exactly -1, and so would make a weight of -2 once in 2 ** 24.
             bound = min(2.0, 6 * std)
             init.trunc_normal_(linear.weight, std=std, a=-bound, b=bound)
         else:

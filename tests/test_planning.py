@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from hf_mae.data.formats import DigitsSource
 from hf_mae.data.loader import steps_per_epoch
+from hf_mae.data.rows import DigitsSource
 from hf_mae.models.configuration_mae import MAEConfig
 from hf_mae.models.masking import count_kept
 from hf_mae.models.modeling_mae import MAEForPreTraining

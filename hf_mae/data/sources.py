@@ -22,17 +22,9 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from hf_mae.data.formats import (
-    HTTP_ERROR,
-    ArrowSource,
-    DigitsSource,
-    FolderSource,
-    ParquetSource,
-    Source,
-    holds_bytes,
-    type_name,
-)
+from hf_mae.data.formats import HTTP_ERROR, ParquetSource, Source, holds_bytes, type_name
 from hf_mae.data.images import EXTENSIONS
+from hf_mae.data.rows import ArrowSource, DigitsSource, FolderSource
 from hf_mae.data.webdataset import TarSource
 from hf_mae.recipes.base import Data
 

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from hf_mae.data import formats
-from hf_mae.data.formats import ArrowSource, FolderSource, ParquetSource, encoded_images
+from hf_mae.data.formats import ParquetSource, encoded_images
 from hf_mae.data.images import decode_image
+from hf_mae.data.rows import ArrowSource, FolderSource
 from hf_mae.data.sources import choose_columns, list_splits, open_source
 from hf_mae.data.webdataset import TarSource
 from hf_mae.recipes.base import Data

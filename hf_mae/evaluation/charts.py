@@ -201,7 +201,7 @@ def draw_reliability(results: ClassResults, path: Path) -> None:
     _save(fig, path)
 
 
-Points = Sequence[tuple[float, float, float]]
+Points = Sequence[tuple[float, float, float | None]]
 
 
 def draw_partial(
@@ -214,7 +214,8 @@ def draw_partial(
     """Draw accuracy against the number of trained blocks, like Figure 9 of the paper.
 
     Args:
-        points: per name of a line, (blocks, mean, standard deviation); blocks may be 0.5, and inf for all of them.
+        points: per name of a line, (blocks, mean, standard deviation); blocks may be 0.5, and inf for all of them;
+            the deviation of a single run is None.
         path: of the picture.
         depth: blocks of the encoder; so many are marked as all.
         reference: per name, (blocks, accuracy) that was published: dashed.
@@ -226,11 +227,11 @@ def draw_partial(
     ax = fig.add_subplot()
     markers = ("o", "s", "^", "D", "v", "P")
     for i, (name, line) in enumerate(points.items()):
-        ordered = sorted(line)
+        ordered = sorted(line, key=lambda point: point[0])
         ax.errorbar(
             [place[k] for k, _, _ in ordered],
             [100 * mean for _, mean, _ in ordered],
-            yerr=[100 * sd for _, _, sd in ordered],
+            yerr=[math.nan if sd is None else 100 * sd for _, _, sd in ordered],  # nan draws nothing
             color=CYCLE[i % len(CYCLE)],
             marker=markers[i % len(markers)],
             capsize=3,

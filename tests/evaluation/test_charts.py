@@ -132,7 +132,7 @@ def test_reliability_bars_are_the_accuracy_of_each_bin(figures, tmp_path):
 
 
 def test_partial_lines_share_the_blocks_of_all(figures, tmp_path):
-    lines = {"ours": [(1, 0.5, 0.02), (0, 0.3, 0.01), (math.inf, 0.6, 0.0)]}
+    lines = {"ours": [(1, 0.5, 0.02), (0, 0.3, 0.01), (math.inf, 0.6, None)]}
     charts.draw_partial(lines, tmp_path / "p.png", depth=1, reference={"paper": [(0, 0.735), (0.5, 0.791)]})
     ax = figures[0].axes[0]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "0.5", "1 (all)", "all"]

@@ -53,6 +53,7 @@ from rounds import (
 )
 
 import hf_mae.pretrain
+import hf_mae.run
 from hf_mae.data.augment import NUM_UNIFORMS, sample_pixels
 from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.loader import Batch, Loader
@@ -231,7 +232,7 @@ def tiny(recipe: Recipe) -> Recipe:
 
 def train(recipe: Recipe, again: bool = False) -> dict[str, Any]:
     """Run `pretrain`; return the clock columns of metrics.jsonl without its first row, and the memory of each batch."""
-    hf_mae.pretrain.Loader = Watched  # type: ignore[attr-defined]
+    hf_mae.run.Loader = Watched  # type: ignore[attr-defined]
     Watched.again = again
     began = time.perf_counter()
     out = hf_mae.pretrain.pretrain(recipe)

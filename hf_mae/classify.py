@@ -199,6 +199,7 @@ class ClassifierTraining(Training[ClassifierRecipe]):
                 FrozenFeatures(
                     (self.cached.features, self.cached.labels),
                     (cached_test.features, cached_test.labels),
+                    accelerator,
                     knn=evals.knn,
                     logistic=evals.logistic,
                 )

@@ -24,7 +24,7 @@ from hf_mae.data.sources import Source, list_splits, open_source
 from hf_mae.data.whole import WholeSplit
 from hf_mae.evaluation.classification import ClassificationQuality, evaluate_real
 from hf_mae.evaluation.report import Drawing
-from hf_mae.models.configuration_mae import height_width
+from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.recipes.base import Data
 from hf_mae.recipes.evaluation import Evaluation
@@ -53,9 +53,13 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     accelerator = make_accelerator(recipe.engine)
     say = Printer(accelerator.is_main_process)
     name = model_folder(recipe.model, field="model")
-    size = {} if recipe.image_size is None else {"image_size": recipe.image_size}
-    model = MAEForImageClassification.from_pretrained(name, **size)
-    processor = AutoImageProcessor.from_pretrained(name)
+    model = _load(name)
+    if recipe.image_size is not None:
+        model.resize_positions(recipe.image_size)
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"model={name} has no preprocessor_config.json, so its mean and std are not known") from error
     task = Classification(model, processor.image_mean, processor.image_std).to(accelerator.device).eval()
     say(f"hf_mae: evaluating {name} on {recipe.name}, {describe_world(accelerator)}")
     out = Path(recipe.out or f"runs/evaluate-{recipe.name}")
@@ -79,6 +83,16 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     say(f"expected: {recipe.expected}; written to {out}")
     accelerator.end_training()
     return numbers
+
+
+def _load(name: Path | str) -> MAEForImageClassification:
+    config = MAEConfig.from_pretrained(name)
+    if MAEForImageClassification.__name__ not in (config.architectures or []):
+        raise ValueError(
+            f"model={name} is no classifier (it holds {', '.join(config.architectures or ['something else'])}); train "
+            f"one first: hf-mae finetune --init-from {name}"
+        )
+    return MAEForImageClassification.from_pretrained(name)
 
 
 class _One:
@@ -126,9 +140,7 @@ class _One:
             out=out,
             keep={"imagenet-a": a_classes, "imagenet-r": r_classes}.get(recipe.classes, lambda: None)(),
             align=self._align(source),
-            draw=None
-            if picture is None
-            else Drawing(self.names, picture, split.num_rows, out / "pictures", accelerator),
+            draw=drawing if recipe.pictures else None,
         )
         quality.due(0, 0)
         numbers: dict[str, Any] = dict(quality(self.task, 0))

@@ -198,8 +198,8 @@ def _run(training: Training[Any], out: Path, accelerator: Accelerator, say: Prin
     micro_batch = choose_micro_batch(recipe, world, measured=measured)
     if state.step >= plan.total_steps or state.stopped_early:
         record_start(out, recipe, accelerator, state, data_state, micro_batch, say)
-        why = "stopped early, after" if state.stopped_early else "finished:"
-        say(f"this run is over ({why} {state.step} updates); nothing to do. Another --out starts anew")
+        early = "early, as it got no better, " if state.stopped_early else ""
+        say(f"this run is finished ({early}after {state.step} updates); nothing to do. Another --out starts anew")
         return
     if auto and measured is not None:
         say(f"micro_batch=auto: {micro_batch}, as before the restart")

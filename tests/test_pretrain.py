@@ -18,6 +18,7 @@ from hf_mae.cli import main
 from hf_mae.pretrain import MaskNoise, pretrain
 from hf_mae.recipes.base import Data, Evals
 from hf_mae.recipes.mae import QUICKSTART
+from hf_mae.run import data_advice
 
 CLOCK = {"images_per_second", "seconds_waiting_for_data", "waiting_share"}
 
@@ -266,7 +267,7 @@ def test_bf16_checkpointed_activations_and_averages_train_and_resume(recipe):
 
 def test_an_automatic_micro_batch_is_kept_when_the_run_goes_on(recipe, monkeypatch, capsys):
     found = iter([16, 64])
-    monkeypatch.setattr("hf_mae.pretrain.largest_micro_batch", lambda *a, **k: next(found))
+    monkeypatch.setattr("hf_mae.run.largest_micro_batch", lambda *a, **k: next(found))
     stop = replace(recipe, micro_batch="auto")
     out = pretrain(stop)
     shutil.rmtree(out / "checkpoints" / "step_00000012")

@@ -23,6 +23,7 @@ from torch import nn
 
 from hf_mae.training.checkpoint import TrainState, commit, gather_average, gather_weights
 from hf_mae.training.distributed import agree, gather_objects
+from hf_mae.training.monitors import TIMES
 from hf_mae.training.optim import MovingAverage
 
 
@@ -103,8 +104,8 @@ class Best:
                     )
                 temporary.mkdir(parents=True)
                 self.accelerator.unwrap_model(self.task).write_model(temporary / "model", weights)
-                # NaN is no JSON.
-                finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+                # NaN is no JSON, and a rate would differ in a resumed run.
+                finite = {k: v if math.isfinite(v) else None for k, v in numbers.items() if k not in TIMES}
                 record = {"metric": self.metric, "value": value, "step": step, "numbers": finite}
                 (temporary / "best.json").write_text(json.dumps(record, indent=2) + "\n")
                 commit(temporary, self.folder)

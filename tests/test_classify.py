@@ -1,0 +1,394 @@
+"""Classification as a user starts it: every protocol, resume, sweeps, evaluation and errors, on the bundled digits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining
+from hf_mae.classify import DropPathNoise, classify
+from hf_mae.cli import main
+from hf_mae.data.cached import FeatureBatches, Features
+from hf_mae.data.order import Order
+from hf_mae.evaluate import evaluate
+from hf_mae.recipes.base import Data, Recipe, from_dict
+from hf_mae.recipes.classification import ClassifierEvals, ClassifierRecipe, check_classifier
+from hf_mae.recipes.evaluation import EVALUATIONS
+from hf_mae.recipes.transfer import FINETUNE, PROBE
+from hf_mae.sweep import read_result, sweep_partial, sweep_seeds, table
+
+CLOCK = {"images_per_second", "eval_images_per_second", "seconds_waiting_for_data", "waiting_share"}
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A pretraining folder with random weights: what protocols do with it does not depend on what it knows."""
+    torch.manual_seed(1)
+    config = MAEConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+    )
+    MAEForPreTraining(config).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+@pytest.fixture
+def recipe(tmp_path, encoder):
+    return replace(
+        FINETUNE["digits"],
+        out=str(tmp_path / "run"),
+        init_from=str(encoder),
+        max_steps=12,
+        global_batch=64,
+        log_every=5,
+        save_every=6,
+        eval_every=8,
+        num_workers=0,
+        evals=ClassifierEvals(split="test", pictures=False),
+    )
+
+
+@pytest.fixture
+def probe(tmp_path, encoder):
+    return replace(
+        PROBE["digits"],
+        out=str(tmp_path / "probe"),
+        init_from=str(encoder),
+        max_steps=12,
+        global_batch=64,
+        log_every=5,
+        save_every=6,
+        eval_every=8,
+        num_workers=0,
+        augment=replace(PROBE["digits"].augment, crop="center"),
+        evals=ClassifierEvals(split="test", pictures=False, knn=True),
+    )
+
+
+def rows(out):
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in found]
+
+
+def last(out):
+    return out / "checkpoints" / "step_00000012"
+
+
+def test_a_run_leaves_model_best_model_numbers_and_pictures(recipe):
+    out = classify(replace(recipe, evals=ClassifierEvals(split="test")))
+    assert [(row["step"], "top1" in row) for row in rows(out)] == [
+        (5, False),
+        (8, True),
+        (10, False),
+        (12, False),
+        (12, True),
+    ]
+    model = MAEForImageClassification.from_pretrained(last(out) / "model")
+    assert model.config.id2label[9] == "9"
+    best = json.loads((out / "best" / "best.json").read_text())
+    assert best["value"] == max(row["top1"] for row in rows(out) if "top1" in row)
+    assert MAEForImageClassification.from_pretrained(out / "best" / "model").num_parameters() == model.num_parameters()
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert sum(evaluation["weights"]["class_examples"]) == 360
+    names = {"attention.png", "confusion.png", "per_class.png", "reliability.png", "worst.png"}
+    assert {p.name for p in (out / "pictures").iterdir()} == names
+
+
+def protocols(recipe, probe):
+    mixed = replace(
+        recipe,
+        optim=replace(recipe.optim, ema_decay=0.9),
+        model=replace(recipe.model, drop_path_rate=0.3),
+        augment=replace(recipe.augment, mixup=0.8, cutmix=1.0, erase_prob=0.5, rand_augment="rand-m9-mstd0.5-inc1"),
+    )
+    lars = replace(probe, optim=replace(probe.optim, name="lars", base_lr=10.0), cached_features=False)
+    return {
+        "fine-tuning with mixing, averages and drop path": mixed,
+        "mixing in pairs": replace(mixed, augment=replace(mixed.augment, mix_mode="pair")),
+        "LARS and batch normalisation": lars,
+        "cached features": probe,
+        "half a block": replace(recipe, trainable_blocks=0.5),
+        "scratch": replace(
+            recipe,
+            init_from="",
+            model=replace(
+                recipe.model,
+                image_size=8,
+                patch_size=2,
+                num_channels=1,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+            ),
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fine-tuning with mixing, averages and drop path",
+        "mixing in pairs",
+        "LARS and batch normalisation",
+        "cached features",
+        "half a block",
+        "scratch",
+    ],
+)
+def test_resuming_from_the_middle_equals_never_stopping(recipe, probe, tmp_path, name):
+    one = protocols(recipe, probe)[name]
+    out = classify(one)
+    other = tmp_path / "resumed"
+    shutil.copytree(out, other)
+    shutil.rmtree(last(other))
+    shutil.rmtree(other / "best")
+    classify(replace(one, out=str(other), num_workers=2))
+    assert rows(other) == rows(out)
+    files = sorted(p.relative_to(out) for p in [*last(out).rglob("*"), *(out / "best").rglob("*")] if p.is_file())
+    for file in files:
+        if file.name not in {"recipe.json", "manifest.json"}:  # they name the folder, and hash the file that does
+            assert (out / file).read_bytes() == (other / file).read_bytes(), file
+    assert any("model.safetensors" in file.name for file in files)
+
+
+def test_a_cached_probe_equals_one_that_encodes_anew(probe, tmp_path):
+    cached = classify(probe)
+    anew = classify(
+        replace(probe, out=str(tmp_path / "anew"), cached_features=False, augment=replace(probe.augment, flip=False))
+    )
+    a, b = (load_file(last(out) / "model" / "model.safetensors") for out in (cached, anew))
+    for name in ("head.1.weight", "head.1.bias", "head.0.running_mean", "head.0.running_var"):
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5)
+    for left, right in zip(rows(cached), rows(anew), strict=True):
+        assert left.keys() == right.keys()
+        assert left == pytest.approx(right, abs=1e-5)
+    assert len(list((tmp_path / "features").glob("*.safetensors"))) == 2
+
+
+def test_features_are_encoded_once_for_all_probes_of_an_encoder(probe, tmp_path, capsys):
+    classify(probe)
+    assert "encoding 1,437 images once" in capsys.readouterr().err
+    classify(replace(probe, out=str(tmp_path / "second"), seed=1))
+    assert "encoding" not in (said := capsys.readouterr().err)
+    assert "were encoded before" in said
+
+
+def test_a_frozen_encoder_keeps_its_weights(probe, encoder):
+    before, after = (
+        load_file(encoder / "model.safetensors"),
+        load_file(last(classify(probe)) / "model/model.safetensors"),
+    )
+    kept = [name for name in after if not name.startswith("head")]
+    assert len(kept) > 20
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_half_a_block_trains_the_mlp_of_the_last_block_only(recipe, encoder):
+    out = classify(replace(recipe, trainable_blocks=0.5))
+    before, after = load_file(encoder / "model.safetensors"), load_file(last(out) / "model/model.safetensors")
+    changed = {name for name in after if name not in before or not torch.equal(before[name], after[name])}
+    mlp = {f"blocks.1.mlp.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("weight", "bias")}
+    assert {name for name in changed if name.startswith("blocks")} == mlp | {
+        "blocks.1.norm2.weight",
+        "blocks.1.norm2.bias",
+    }
+    assert changed - mlp >= {"head.weight", "head.bias", "fc_norm.weight"}
+    assert not changed & {"pos_embed", "cls_token"}
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_a_restart_knows(recipe, capsys):
+    stuck = replace(
+        recipe,
+        max_steps=40,
+        eval_every=2,
+        optim=replace(recipe.optim, base_lr=1e-9),
+        schedule=replace(recipe.schedule, min_lr=0.0),
+        evals=replace(recipe.evals, patience=2),
+    )
+    out = classify(stuck)
+    assert [row["step"] for row in rows(out) if "top1" in row] == [2, 4, 6]
+    assert json.loads((out / "best" / "best.json").read_text())["step"] == 2
+    capsys.readouterr()
+    classify(stuck)
+    assert "finished (early, as it got no better, after 6 updates)" in capsys.readouterr().err
+
+
+def test_other_classes_are_refused_when_a_run_goes_on(recipe, tmp_path):
+    folder = tmp_path / "images"
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(40):
+                Image.fromarray(np.full((8, 8), i + 100 * (name == "dog"), np.uint8)).save(
+                    folder / split / name / f"{i}.png"
+                )
+    own = replace(recipe, data=Data(path=str(folder)))
+    classify(own)
+    for split in ("train", "test"):
+        (folder / split / "dog").rename(folder / split / "ant")
+    with pytest.raises(ValueError, match=r"classes of the data have changed .*'cat', 'dog'.*'ant', 'cat'"):
+        classify(own)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainable_blocks": 3.0}, "blocks=3.0 cannot be trained in an encoder of 2 blocks"),
+        ({"trainable_blocks": 1.5}, "must be 0, 0.5"),
+        ({"init_from": "", "trainable_blocks": 1.0}, "has learned nothing"),
+        ({"init_from": "runs/nothing"}, "does not exist"),
+        ({"cached_features": True}, "add --trainable-blocks 0"),
+        ({"global_batch": 63}, None),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_training(recipe, change, message):
+    if message is None:
+        change |= {"augment": replace(recipe.augment, mixup=0.8)}
+        message = "mix pairs"
+    with pytest.raises(ValueError, match=message):
+        classify(replace(recipe, **change))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetune", "finetune-vit-b", "--init-from", "{encoder}", "--data.path", "digits"], "is not that of"),
+        (["finetune", "finetune-small", "--init-from", "{encoder}", "--data.path", "digits"], "--augment.mean 0.5"),
+        (["probe", "probe-small", "--data.path", "digits"], "init_from is empty"),
+        (["finetune", "finetune-small"], "data.path is empty"),
+        (["finetune", "finetune-big"], "did you mean"),
+        (["finetune", "digits"], "hf-mae pretrain"),
+        (["evaluate", "own", "--data.path", "digits"], "model is empty"),
+        (["evaluate", "imagenet", "--model", "{encoder}"], "is no classifier"),
+        (["sweep", "blocks"], "sweep 'blocks' is unknown"),
+        (["sweep", "seeds", "--n", "1"], "use at least 2"),
+        (["finetune", "digits", "--augment.rand-augment", "m9"], "rand_augment"),
+    ],
+)
+def test_mistakes_end_with_one_sentence_and_no_traceback(arguments, message, encoder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([argument.format(encoder=encoder) for argument in arguments])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+def test_every_preset_is_sound():
+    for recipe in [*FINETUNE.values(), *PROBE.values()]:
+        check_classifier(replace(recipe, init_from=recipe.init_from or ("" if "scratch" in recipe.name else "x/y")))
+        assert recipe.source
+        assert recipe.expected
+
+
+def test_tables_9_to_12_are_as_the_paper_has_them():
+    assert [FINETUNE[f"finetune-vit-{s}-table9"].epochs for s in "blh"] == [100, 50, 50]
+    b = FINETUNE["finetune-vit-b"]
+    assert (b.optim.base_lr, b.optim.layer_decay, b.model.drop_path_rate, b.augment.erase_prob) == (
+        5e-4,
+        0.65,
+        0.1,
+        0.25,
+    )
+    scratch = FINETUNE["scratch-vit-l"]
+    assert (scratch.optim.weight_decay, scratch.optim.betas, scratch.optim.ema_decay) == (0.3, (0.9, 0.95), 0.9999)
+    assert scratch.optim.base_lr * scratch.global_batch / 256 == pytest.approx(1.6e-3)
+    probe = PROBE["probe-vit-b"]
+    assert probe.optim.base_lr * probe.global_batch / 256 == pytest.approx(6.4)
+    assert (probe.augment.crop, probe.model.head, probe.trainable_blocks, probe.epochs) == (
+        "clamped",
+        "batchnorm",
+        0,
+        90,
+    )
+    assert "86.8" in FINETUNE["finetune-vit-h-448-inat2018"].expected
+
+
+def test_sweep_partial_writes_table_and_plot_and_is_cheap_to_repeat(recipe, tmp_path):
+    one = replace(recipe, out=str(tmp_path / "sweep"), max_steps=4, eval_every=0)
+    summary = sweep_partial(one, blocks=(0, 0.5, 2, 6), seeds=2)
+    assert list(summary["values"]) == ["0", "0.5", "2"]  # the encoder has two blocks
+    assert [len(v["runs"]) for v in summary["values"].values()] == [2, 2, 2]
+    assert (tmp_path / "sweep" / "partial.png").stat().st_size > 5000
+    written = (tmp_path / "sweep" / "table.md").read_text()
+    assert written.count("\n") == 5
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == summary
+    assert sweep_partial(one, blocks=(0, 0.5, 2, 6), seeds=2) == summary
+
+
+def test_sweep_seeds_gives_mean_deviation_and_histogram(recipe, tmp_path):
+    summary = sweep_seeds(replace(recipe, out=str(tmp_path / "seeds"), max_steps=4), n=3)
+    found = [run["last"] for run in summary["values"]["all"]["runs"]]
+    assert summary["values"]["all"]["mean"] == pytest.approx(np.mean(found))
+    assert summary["values"]["all"]["sd"] == pytest.approx(np.std(found, ddof=1))
+    assert [read_result(tmp_path / "seeds" / f"seed_{s}", "top1")["last"] for s in range(3)] == found
+    assert (tmp_path / "seeds" / "seeds.png").stat().st_size > 5000
+
+
+def test_one_run_has_no_deviation():
+    values = {"1": {"mean": 0.5, "sd": None, "min": 0.5, "max": 0.5, "runs": [{}]}}
+    assert "not measured" in table(values, "trainable blocks", "top1")
+
+
+def test_evaluate_finds_the_numbers_of_training(recipe, tmp_path, capsys):
+    out = classify(recipe)
+    trained = [row for row in rows(out) if "top1" in row][-1]
+    found = evaluate(
+        replace(
+            EVALUATIONS["own"], model=str(out), out=str(tmp_path / "evaluation"), data=Data(path="digits", split="test")
+        )
+    )
+    assert found["examples"] == 360
+    assert {k: found[k] for k in ("top1", "top5", "eval_loss", "ece")} == {
+        k: trained[k] for k in ("top1", "top5", "eval_loss", "ece")
+    }
+    assert (tmp_path / "evaluation" / "pictures" / "confusion.png").exists()
+    assert "expected: depends on the data" in capsys.readouterr().err
+
+
+def test_drop_path_depends_on_the_place_in_the_stream_alone():
+    draw = DropPathNoise(4, seed=3)
+    whole = draw(np.array([0, 0, 1]), np.array([5, 6, 5]))["drop_path_noise"]
+    assert torch.equal(whole[1:], draw(np.array([0, 1]), np.array([6, 5]))["drop_path_noise"])
+    assert not torch.equal(whole[0], whole[2])
+
+
+def test_feature_batches_have_the_order_of_images_and_stand_ins():
+    order = Order([4, 3, 5], seed=1, lanes=2, window=1)
+    good = torch.tensor([r for r in range(12) if r not in (2, 11)])
+    features = Features(good[:, None].float(), good, good)
+
+    def take(rank, world, steps):
+        batches = FeatureBatches(features, order, images_per_epoch=12, global_batch=6, rank=rank, world=world, cursor=0)
+        return [batch.labels for _, batch in zip(range(steps), batches, strict=False)]
+
+    whole = take(0, 1, 4)
+    halves = [torch.stack(pair, 1).flatten() for pair in zip(take(0, 2, 4), take(1, 2, 4), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True))
+    epoch = torch.cat(whole[:2]).tolist()
+    assert sorted(epoch) == sorted([*good.tolist(), 3, 0])  # row 2 is replaced by 3, the last by the first
+    assert not torch.equal(torch.cat(whole[:2]), torch.cat(whole[2:]))
+
+
+def test_recipes_of_other_kinds_are_told_apart(recipe, tmp_path):
+    out = classify(recipe)
+    values = json.loads((out / "recipe.json").read_text())
+    assert values["trainable_blocks"] is None
+    assert ClassifierRecipe.deciding
+    with pytest.raises(ValueError, match="unknown to a Recipe"):
+        from_dict(values, Recipe)

@@ -13,9 +13,10 @@ from transformers import AutoImageProcessor
 from hf_mae.data.imagenet import (
     NUM_CLASSES,
     a_classes,
-    class_of,
+    classes_of,
     mce,
     r_classes,
+    real_key,
     real_labels,
     severities,
 )
@@ -100,8 +101,8 @@ class _One:
 
     def __init__(self, recipe: Evaluation, task: Classification, accelerator: Accelerator, say: Printer):
         self.recipe, self.task, self.accelerator, self.say = recipe, task, accelerator, say
-        id2label = task.config.id2label or {}
-        self.names = [id2label[i] for i in range(task.config.num_labels)]
+        id2label: Any = task.config.id2label
+        self.names: list[str] = [id2label[i] for i in sorted(id2label)]
         if recipe.classes != "names" and len(self.names) != NUM_CLASSES:
             raise ValueError(
                 f"model={recipe.model} has {len(self.names)} classes and {recipe.name} is judged on ImageNet's "
@@ -128,7 +129,7 @@ class _One:
             answers = real_labels()
 
             def answers_of(row: int) -> list[int]:
-                return answers[Path(split.file_names([row])[0]).stem]
+                return answers[real_key(split.file_names([row])[0])]
 
             return evaluate_real(self.task, batches, answers_of, accelerator)
         drawing = Drawing(self.names, split.picture, split.num_rows, out / "pictures", accelerator)
@@ -159,7 +160,7 @@ class _One:
             )
         if self.recipe.classes == "names":
             return align(self.names, source.label_names)
-        return [class_of(name) for name in source.label_names]
+        return classes_of(source.label_names)
 
     def corruptions(self, out: Path) -> dict[str, Any]:
         """Evaluate every CORRUPTION/SEVERITY folder; the error of a corruption is the mean over its severities."""

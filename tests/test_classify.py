@@ -252,15 +252,15 @@ def test_other_classes_are_refused_when_a_run_goes_on(recipe, tmp_path):
         ({"init_from": "", "trainable_blocks": 1.0}, "has learned nothing"),
         ({"init_from": "runs/nothing"}, "does not exist"),
         ({"cached_features": True}, "add --trainable-blocks 0"),
-        ({"global_batch": 63}, None),
+        ({"global_batch": 63}, "odd, and mixup"),
+        ({"data": Data(path="digits", repeats=2)}, "mix each image with itself"),
+        ({"micro_batch": 1}, "micro_batch=1 does not divide .* into even parts, which mixup"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_training(recipe, change, message):
-    if message is None:
-        change |= {"augment": replace(recipe.augment, mixup=0.8)}
-        message = "mix pairs"
+    mixing = replace(recipe.augment, mixup=0.8 if "mix" in message else 0.0, cutmix=0.0)
     with pytest.raises(ValueError, match=message):
-        classify(replace(recipe, **change))
+        classify(replace(recipe, augment=mixing, **change))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_mae.evaluation.charts import (
     draw_attention,
@@ -44,10 +45,12 @@ class Drawing:
         self.names, self.picture, self.num_rows = names, picture, num_rows
         self.folder, self.accelerator = folder, accelerator
 
-    def __call__(self, results: ClassResults, inner: nn.Module) -> None:
-        """Draw the results of a task."""
-        images = self._examples()
-        attention = inner.attention(images.to(self.accelerator.device)).float().cpu() if len(images) else None
+    def __call__(self, results: ClassResults, inner: Any) -> None:
+        """Draw the results of a task, which has `attention` and `config`."""
+        images, attention = self._examples(), None
+        if len(images):
+            with self.accelerator.autocast():
+                attention = inner.attention(images.to(self.accelerator.device)).float().cpu()
         if not self.accelerator.is_main_process:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

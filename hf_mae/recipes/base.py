@@ -233,8 +233,9 @@ class Recipe:
     global_batch: int = 4096
     """Images per optimizer update, over all processes and accumulation."""
     micro_batch: int | Literal["auto"] | None = None
-    """Images per process and forward pass. None is as many as the global batch gives each process, at most 64; `auto`
-    measures a few images before training starts and takes as many as will fit into memory."""
+    """Images per process and forward pass. None is as many as the global batch gives each process, at most 64
+    (512 with a batchnorm head, whose statistics are of a micro-batch); `auto` measures a few images before training starts and
+    takes as many as will fit into memory."""
     num_workers: int = 2
     """Decoders per process; 0 decodes in the training process between steps."""
     log_every: int = 20
@@ -262,6 +263,11 @@ class Recipe:
     def mixes_pairs(self) -> bool:
         """Whether images of a micro-batch are mixed in pairs, so that it must be even."""
         return False
+
+    @property
+    def max_micro_batch(self) -> int:
+        """The micro-batch when none is given: the largest divisor of a process's share up to this."""
+        return 64
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -431,10 +437,6 @@ def _check_choices(group: Any, where: str = "") -> None:
             raise ValueError(f"{where}{name}={value!r} is unknown; use one of {', '.join(choices)}")
 
 
-MAX_MICRO_BATCH = 64
-"""Micro-batch when none is given: the largest divisor of a process's share up to this."""
-
-
 def largest_divisor(number: int, limit: int, *, even: bool = False) -> int:
     """Return the largest (even) divisor of `number` that is at most `limit`; 0 if there is none."""
     step = 1 + even
@@ -474,7 +476,7 @@ def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None =
             f"cutmix mix pairs; use a multiple of {2 * processes}"
         )
     if micro == "auto" or micro is None:
-        limit = measured if micro == "auto" and measured is not None else MAX_MICRO_BATCH
+        limit = measured if micro == "auto" and measured is not None else recipe.max_micro_batch
         micro = largest_divisor(share, max(limit, 1 + even), even=even)
     if micro < 1 or share % micro or (even and micro % 2):
         divisors = [d for d in range(1 + even, share + 1, 1 + even) if share % d == 0]

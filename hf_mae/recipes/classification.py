@@ -145,6 +145,11 @@ class ClassifierRecipe(Recipe):
         """Whether mixup or cutmix is on."""
         return self.augment.mixup > 0 or self.augment.cutmix > 0
 
+    @property
+    def max_micro_batch(self) -> int:
+        """The statistics of the official probe's batch normalisation are of 512 images."""
+        return 512 if self.model.head == "batchnorm" else super().max_micro_batch
+
 
 def check_classifier(recipe: ClassifierRecipe) -> None:
     """Refuse what makes no sense before anything is opened or made.
@@ -171,6 +176,20 @@ def check_classifier(recipe: ClassifierRecipe) -> None:
         raise ValueError(
             f"global_batch={recipe.global_batch} is odd, and mixup and cutmix mix pairs of images; use "
             f"{recipe.global_batch + 1}"
+        )
+    if recipe.data.repeats > 1 and recipe.cached_features:
+        raise ValueError(
+            f"data.repeats={recipe.data.repeats} augments each image several times, and cached_features=True does not "
+            "augment; leave it out"
+        )
+    if recipe.mixes_pairs and recipe.data.repeats % 2 == 0:
+        raise ValueError(
+            f"data.repeats={recipe.data.repeats} is even: mixup and cutmix would mix each image with itself, since "
+            "partners are half a batch apart; use an odd number, or set augment.mixup and augment.cutmix to 0"
+        )
+    if recipe.model.head == "batchnorm" and recipe.micro_batch == 1:
+        raise ValueError(
+            "micro_batch=1 has no batch statistics, which model.head=batchnorm needs; use at least 2, better 64"
         )
     if recipe.evals.best == "ema_top1" and recipe.optim.ema_decay is None:
         raise ValueError("evals.best=ema_top1 needs averaged weights; add --optim.ema-decay 0.9999")

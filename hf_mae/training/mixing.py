@@ -76,15 +76,8 @@ class MixDraws:
         length: int,
         repeats: int = 1,
     ):
-        if repeats % 2 == 0:
-            raise ValueError(
-                f"data.repeats={repeats} is even: mixup and cutmix would mix each image with itself, since partners "
-                "are half a batch apart; use an odd number, or set augment.mixup and augment.cutmix to 0"
-            )
-        if (images * repeats) % 2:
-            raise ValueError(
-                f"global_batch={images * repeats} is odd, and mixup and cutmix mix pairs of images; use an even number"
-            )
+        assert repeats % 2 == 1, "partners are half a batch apart: each image would be mixed with itself"
+        assert images * repeats % 2 == 0, "pairs need an even global batch"
         self.augment, self.seed, self.size = augment, seed, size
         self.images, self.length, self.repeats = images, length, repeats
 

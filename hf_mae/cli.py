@@ -169,7 +169,7 @@ def _finetune(arguments: Sequence[str]) -> None:
     if "--list" in arguments:
         sys.stdout.write(list_presets(FINETUNE))
         return
-    recipe = parse_recipe(FINETUNE, arguments, default="digits", command="finetune")
+    recipe = parse_recipe(FINETUNE, arguments, default="finetune-digits", command="finetune")
     _classify(recipe)
 
 
@@ -177,7 +177,7 @@ def _probe(arguments: Sequence[str]) -> None:
     if "--list" in arguments:
         sys.stdout.write(list_presets(PROBE))
         return
-    recipe = parse_recipe(PROBE, arguments, default="digits", command="probe")
+    recipe = parse_recipe(PROBE, arguments, default="probe-digits", command="probe")
     if not recipe.init_from:
         raise ValueError(
             "init_from is empty; name the encoder to probe: --init-from RUN_FOLDER, a model folder, a Hub id or an "
@@ -224,28 +224,26 @@ class SeedsArguments:
     recipe: Annotated[Any, tyro.conf.arg(name="")]
 
 
-def _sweep(arguments: Sequence[str]) -> None:
-    kinds = {"partial": PartialArguments, "seeds": SeedsArguments}
-    kind, *rest = arguments or ["--help"]
-    if kind not in kinds:
+def parse_sweep(arguments: Sequence[str]) -> Any:
+    """Return what `hf-mae sweep KIND [COMMAND] [PRESET] [flags]` asks for: `PartialArguments` or `SeedsArguments`.
+
+    Raises:
+        ValueError: there is no such kind or preset.
+    """
+    kind, *rest = arguments or [""]
+    if kind not in {"partial", "seeds"}:
         raise ValueError(f"sweep {kind!r} is unknown; use `hf-mae sweep partial ...` or `hf-mae sweep seeds ...`")
     presets: Mapping[str, Any] = FINETUNE
-    default, command = "digits", "finetune"
+    command = "finetune"
     if kind == "seeds" and rest and rest[0] in {"pretrain", "finetune", "probe"}:
         command = rest.pop(0)
         presets = {"pretrain": PRESETS, "finetune": FINETUNE, "probe": PROBE}[command]
-        default = "quickstart" if command == "pretrain" else "digits"
-    preset, flags = _choose_preset(presets, rest, default)
-    group: Any = kinds[kind]
+    preset, flags = _choose_preset(presets, rest, next(iter(presets)))
+    group: Any = PartialArguments
     if kind == "seeds":  # the flags are those of this kind of recipe
-        group = make_dataclass(
-            "SeedsArguments",
-            [("recipe", Annotated[type(preset), tyro.conf.arg(name="")])],
-            bases=(SeedsArguments,),
-            frozen=True,
-            kw_only=True,
-        )
-    given = tyro.cli(
+        field = ("recipe", Annotated[type(preset), tyro.conf.arg(name="")])
+        group = make_dataclass("SeedsArguments", [field], bases=(SeedsArguments,), frozen=True, kw_only=True)
+    return tyro.cli(
         group,
         prog=f"hf-mae sweep {kind} {command} {preset.name}",
         description=f"Source: {preset.source}. Expected: {preset.expected}.",
@@ -253,12 +251,19 @@ def _sweep(arguments: Sequence[str]) -> None:
         args=flags,
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def _sweep(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        sys.stdout.write("".join(line + "\n" for line in USAGE.splitlines() if "hf-mae sweep" in line))
+        return
+    given = parse_sweep(arguments)
     _require_data(given.recipe)
     from hf_mae.sweep import sweep_partial, sweep_seeds
     from hf_mae.training.monitors import Printer
 
     say = Printer(os.environ.get("RANK", "0") == "0")
-    if kind == "partial":
+    if isinstance(given, PartialArguments):
         sweep_partial(given.recipe, blocks=given.blocks, seeds=given.seeds, say=say)
     else:
         sweep_seeds(given.recipe, n=given.n, say=say)

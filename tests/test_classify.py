@@ -49,7 +49,7 @@ def encoder(tmp_path):
 @pytest.fixture
 def recipe(tmp_path, encoder):
     return replace(
-        FINETUNE["digits"],
+        FINETUNE["finetune-digits"],
         out=str(tmp_path / "run"),
         init_from=str(encoder),
         max_steps=12,
@@ -65,7 +65,7 @@ def recipe(tmp_path, encoder):
 @pytest.fixture
 def probe(tmp_path, encoder):
     return replace(
-        PROBE["digits"],
+        PROBE["probe-digits"],
         out=str(tmp_path / "probe"),
         init_from=str(encoder),
         max_steps=12,
@@ -74,7 +74,7 @@ def probe(tmp_path, encoder):
         save_every=6,
         eval_every=8,
         num_workers=0,
-        augment=replace(PROBE["digits"].augment, crop="center"),
+        augment=replace(PROBE["probe-digits"].augment, crop="center"),
         evals=ClassifierEvals(split="test", pictures=False, knn=True),
     )
 
@@ -271,12 +271,12 @@ def test_what_makes_no_sense_is_refused_before_training(recipe, change, message)
         (["probe", "probe-small", "--data.path", "digits"], "init_from is empty"),
         (["finetune", "finetune-small"], "data.path is empty"),
         (["finetune", "finetune-big"], "did you mean"),
-        (["finetune", "digits"], "hf-mae pretrain"),
+        (["finetune", "finetune-digits"], "hf-mae pretrain"),
         (["evaluate", "own", "--data.path", "digits"], "model is empty"),
         (["evaluate", "imagenet", "--model", "{encoder}"], "is no classifier"),
         (["sweep", "blocks"], "sweep 'blocks' is unknown"),
         (["sweep", "seeds", "--n", "1"], "use at least 2"),
-        (["finetune", "digits", "--augment.rand-augment", "m9"], "rand_augment"),
+        (["finetune", "finetune-digits", "--augment.rand-augment", "m9"], "rand_augment"),
     ],
 )
 def test_mistakes_end_with_one_sentence_and_no_traceback(arguments, message, encoder, capsys, tmp_path, monkeypatch):

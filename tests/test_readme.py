@@ -8,32 +8,55 @@ from pathlib import Path
 
 import pytest
 
-from hf_mae.cli import parse_recipe
+from hf_mae.cli import parse_recipe, parse_sweep
 from hf_mae.recipes.base import check
+from hf_mae.recipes.classification import check_classifier
+from hf_mae.recipes.evaluation import EVALUATIONS
 from hf_mae.recipes.mae import PRESETS
+from hf_mae.recipes.transfer import FINETUNE, PROBE
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 COMMANDS = [
     line.split("#")[0]
     for fence in re.findall(r"```\n(.*?)```", README, re.S)
     for line in fence.splitlines()
-    if re.search(r"hf-mae pretrain|scripts/pretrain.py", line) and "--help" not in line and "--list" not in line
+    if re.search(r"hf-mae (pretrain|finetune|probe|evaluate|sweep)|scripts/pretrain.py", line)
+    and "--help" not in line
+    and "--list" not in line
 ]
 FLAGS = re.findall(r"`(--(?:model|augment|data|engine|optim)\.[^`]*)`", README)
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch):
+def test_the_python_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
     scope: dict[str, object] = {}
-    exec(compile(example, "README.md", "exec"), scope)
+    first, second = re.findall(r"```python\n(.*?)```", README, re.S)
+    # The model that one example saves is what the other begins with.
+    for example in (second, first) if 'save_pretrained("mae-vit-s")' in second else (first, second):
+        exec(compile(example, "README.md", "exec"), scope)
     assert scope["encoder"](scope["torch"].randn(1, 3, 224, 224)).last_hidden_state.shape == (1, 197, 384)
+    assert scope["model"].config.id2label == {0: "cat", 1: "dog"}
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_is_understood(line):
-    arguments = shlex.split(re.split(r"hf-mae pretrain|scripts/pretrain\.py", line)[-1])
-    check(parse_recipe(PRESETS, arguments, default="quickstart"))
+    command, rest = re.search(r"(?:hf-mae |scripts/)(\w+)(?:\.py)?(.*)", line).groups()
+    arguments = shlex.split(rest)
+    if command == "pretrain":
+        check(parse_recipe(PRESETS, arguments, default="quickstart"))
+    elif command == "sweep":
+        check_classifier(parse_sweep(arguments).recipe)
+    elif command == "evaluate":
+        assert parse_recipe(EVALUATIONS, arguments, default="own").name in EVALUATIONS
+    else:
+        presets = {"finetune": FINETUNE, "probe": PROBE}[command]
+        check_classifier(parse_recipe(presets, arguments, default=next(iter(presets))))
+
+
+@pytest.mark.parametrize("name", re.findall(r"`hf-mae evaluate (.*?)\|", README)[0].replace("`", "").split(", "))
+def test_every_evaluation_named_exists(name):
+    name = name.strip()
+    assert (name if name.startswith("imagenet") else f"imagenet{name}") in EVALUATIONS
 
 
 @pytest.mark.parametrize("flags", FLAGS)

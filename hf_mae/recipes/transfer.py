@@ -193,7 +193,7 @@ _SMALL_SCRATCH = replace(
 
 _DIGITS = replace(
     _SMALL,
-    name="digits",
+    name="finetune-digits",
     source="ours: scikit-learn's bundled digits, from the encoder of `hf-mae pretrain` (runs/quickstart)",
     expected="not measured",
     epochs=40,
@@ -207,7 +207,7 @@ _DIGITS = replace(
 )
 _DIGITS_PROBE = replace(
     _SMALL_PROBE,
-    name="digits",
+    name="probe-digits",
     source=_DIGITS.source,
     expected="not measured",
     init_from="runs/quickstart",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,6 +167,35 @@ def test_resuming_from_the_middle_equals_never_stopping(recipe, probe, tmp_path,
         if file.name not in {"recipe.json", "manifest.json"}:  # they name the folder, and hash the file that does
             assert (out / file).read_bytes() == (other / file).read_bytes(), file
     assert any("model.safetensors" in file.name for file in files)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_resume_to_the_same_bits(recipe, probe, tmp_path):
+    flags = ["--max-steps", "8", "--save-every", "4", "--eval-every", "4", "--num-workers", "1", "--evals.no-pictures"]
+    mixed = [
+        "--optim.ema-decay",
+        "0.9",
+        "--model.drop-path-rate",
+        "0.3",
+        "--global-batch",
+        "64",
+    ]  # mixup is the preset's
+    lars = ["--optim.name", "lars", "--optim.base-lr", "5", "--global-batch", "128", "--no-cached-features"]
+    for script, own in (("finetune", mixed), ("probe", lars)):
+        out, other = tmp_path / script, tmp_path / f"{script}-resumed"
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        start += [str(Path(__file__).parents[1] / "scripts" / f"{script}.py"), f"{script}-digits", *flags, *own]
+        start += ["--init-from", recipe.init_from]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        subprocess.run([*start, "--out", str(out)], check=True, env=environment, capture_output=True)
+        shutil.copytree(out, other)
+        shutil.rmtree(other / "checkpoints" / "step_00000008")
+        subprocess.run([*start, "--out", str(other)], check=True, env=environment, capture_output=True)
+        assert rows(other) == rows(out)
+        files = ("model/model.safetensors", "training_state/optimizer.safetensors", "data_state/rank_1.json")
+        for file in files:
+            a, b = (folder / "checkpoints" / "step_00000008" / file for folder in (out, other))
+            assert a.read_bytes() == b.read_bytes(), (script, file)
 
 
 def test_a_cached_probe_equals_one_that_encodes_anew(probe, tmp_path):

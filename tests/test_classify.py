@@ -129,6 +129,7 @@ def protocols(recipe, probe):
         "scratch": replace(
             recipe,
             init_from="",
+            optim=replace(recipe.optim, layer_decay=1.0),
             model=replace(
                 recipe.model,
                 image_size=8,
@@ -284,6 +285,7 @@ def test_other_classes_are_refused_when_a_run_goes_on(recipe, tmp_path):
         ({"trainable_blocks": 1.5}, "must be 0, 0.5"),
         ({"init_from": "", "trainable_blocks": 1.0}, "has learned nothing"),
         ({"init_from": "runs/nothing"}, "does not exist"),
+        ({"init_from": ""}, "train from scratch with a scratch-. preset"),
         ({"cached_features": True}, "add --trainable-blocks 0"),
         ({"global_batch": 63}, "odd, and mixup"),
         ({"data": Data(path="digits", repeats=2)}, "mix each image with itself"),
@@ -324,7 +326,9 @@ def test_mistakes_end_with_one_sentence_and_no_traceback(arguments, message, enc
 
 def test_every_preset_is_sound():
     for recipe in [*FINETUNE.values(), *PROBE.values()]:
-        check_classifier(replace(recipe, init_from=recipe.init_from or ("" if "scratch" in recipe.name else "x/y")))
+        check_classifier(
+            replace(recipe, init_from=recipe.init_from or ("" if "scratch" in recipe.name else "org/name"))
+        )
         assert recipe.source
         assert recipe.expected
 

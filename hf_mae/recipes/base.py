@@ -88,7 +88,8 @@ class Data:
     image_column: str | None = None
     """Column of encoded images; None finds it."""
     label_column: str | None = None
-    """Column of integer labels, used by monitors only; None finds it, `none` ignores labels."""
+    """Column of integer labels: what a classifier learns, and what the monitors of pretraining use. None finds it,
+    `none` ignores labels."""
     lanes: int | None = None
     """Parallel reading positions of the order; None is 64, fewer if `window_bytes` is exceeded."""
     window_rows: int = 8192

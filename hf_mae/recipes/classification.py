@@ -168,6 +168,11 @@ def check_classifier(recipe: ClassifierRecipe) -> None:
             f"trainable_blocks={recipe.trainable_blocks} would freeze an encoder that has learned nothing; name a "
             "pretrained one with --init-from"
         )
+    if recipe.optim.layer_decay < 1 and not recipe.init_from:
+        raise ValueError(
+            f"init_from is empty and optim.layer_decay={recipe.optim.layer_decay} is meant for a pretrained encoder; "
+            "name one with --init-from, or train from scratch with a scratch-* preset (--optim.layer-decay 1)"
+        )
     if recipe.mixes_pairs and recipe.cached_features:
         raise ValueError(
             "augment.mixup and augment.cutmix mix pixels, and cached_features=True has none; set both to 0"

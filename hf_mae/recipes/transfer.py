@@ -92,7 +92,7 @@ def _scratch(size: str) -> ClassifierRecipe:
         epochs={"b": 300.0, "l": 200.0, "h": 200.0}[size],
         global_batch=4096,
         eval_every=312 * 10,
-        model=_encoder(size, drop_path_rate={"b": 0.1, "l": 0.2, "h": 0.2}[size]),
+        model=_encoder(size, image_size=224, drop_path_rate={"b": 0.1, "l": 0.2, "h": 0.2}[size]),
         optim=ClassifierOptim(base_lr=1e-4, weight_decay=0.3, betas=(0.9, 0.95), ema_decay=0.9999),
         schedule=Schedule(warmup_epochs=20, min_lr=1e-6),
         evals=ClassifierEvals(best="ema_top1"),
@@ -185,7 +185,7 @@ _SMALL_SCRATCH = replace(
     _SMALL,
     name="scratch-small",
     source="ours: finetune-small with the optimizer of Table 11; a ViT-Ti unless --model.* says otherwise",
-    model=replace(_encoder("ti"), drop_path_rate=0.1),
+    model=_encoder("ti", image_size=224, drop_path_rate=0.1),
     optim=ClassifierOptim(base_lr=2e-3, weight_decay=0.05, betas=(0.9, 0.95)),
 )
 

@@ -204,6 +204,7 @@ class ClassifierTraining(Training[ClassifierRecipe]):
                     logistic=evals.logistic,
                 )
             )
+        self.test_images = test
         if test is not None:
             batches: Any = test
             drawing = Drawing(self.names, test.picture, test.num_rows, out / "pictures", accelerator)
@@ -291,6 +292,8 @@ class ClassifierTraining(Training[ClassifierRecipe]):
             if values:
                 best = f"; best {max(values)[0]:.4f} at step {max(values)[1]}" if len(values) > 1 else ""
                 say(f"{title}: {values[-1][0]:.4f} on {len(self.names)} classes{best}")
+        if self.test_images is not None and (bad := self.test_images.bad):
+            say(f"warning: {len(bad)} test images cannot be decoded and were left out, the first: {bad[0]}")
         if pictures := sorted((out / "pictures").glob("*.png")):
             say(f"pictures: {', '.join(p.name for p in pictures)} in {out / 'pictures'}")
         if model := last_model(out):

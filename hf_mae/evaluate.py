@@ -31,7 +31,7 @@ from hf_mae.recipes.base import Data
 from hf_mae.recipes.evaluation import Evaluation
 from hf_mae.run import model_folder, progress
 from hf_mae.training.checkpoint import write_atomic
-from hf_mae.training.distributed import agree, describe_world, make_accelerator
+from hf_mae.training.distributed import agree, describe_world, gather_objects, make_accelerator
 from hf_mae.training.monitors import Printer
 from hf_mae.training.tasks import Classification
 
@@ -72,13 +72,13 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
             error = ValueError(f"out={out} cannot be made ({caught}); choose another --out")
     agree(error, accelerator, f"making {out}")
     one = _One(recipe, task, accelerator, say)
-    numbers = one.corruptions(out) if recipe.corruptions else one(recipe.data, out)
+    numbers = one.corruptions() if recipe.corruptions else one(recipe.data, out)
     summary = {"recipe": recipe.name, "model": str(name), "data": recipe.data.path, "numbers": numbers}
     if accelerator.is_main_process:
         write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     say(
         ", ".join(
-            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
         )
     )
     say(f"expected: {recipe.expected}; written to {out}")
@@ -109,7 +109,8 @@ class _One:
                 f"{NUM_CLASSES}; name a model trained on ImageNet-1k, or use the preset own"
             )
 
-    def __call__(self, data: Data, out: Path) -> dict[str, Any]:
+    def __call__(self, data: Data, out: Path | None) -> dict[str, Any]:
+        """Return the numbers of one split; write and draw them if there is an `out`."""
         recipe, accelerator = self.recipe, self.accelerator
         source = _open(data, self.say)
         split = WholeSplit(
@@ -131,26 +132,28 @@ class _One:
             def answers_of(row: int) -> list[int]:
                 return answers[real_key(split.file_names([row])[0])]
 
-            return evaluate_real(self.task, batches, answers_of, accelerator)
-        drawing = Drawing(self.names, split.picture, split.num_rows, out / "pictures", accelerator)
-        quality = ClassificationQuality(
-            batches,
-            self.names,
-            accelerator,
-            every=0,
-            out=out,
-            keep={"imagenet-a": a_classes, "imagenet-r": r_classes}.get(recipe.classes, lambda: None)(),
-            align=self._align(source),
-            draw=drawing if recipe.pictures else None,
-        )
-        quality.due(0, 0)
-        numbers: dict[str, Any] = dict(quality(self.task, 0))
-        numbers["examples"] = quality.latest["weights"].examples
-        if split.bad:
-            self.say(
-                f"warning: {len(split.bad)} images of this process cannot be decoded and are left out: {split.bad[0]}"
+            numbers: dict[str, Any] = evaluate_real(self.task, batches, answers_of, accelerator)
+        else:
+            keep = {"imagenet-a": a_classes, "imagenet-r": r_classes}.get(recipe.classes, lambda: None)()
+            names = self.names if keep is None else [self.names[i] for i in keep]
+            draw = None
+            if out is not None and recipe.pictures:
+                draw = Drawing(names, split.picture, split.num_rows, out / "pictures", accelerator)
+            classes = self._align(source)
+            if keep is not None and (foreign := sorted(set(classes) - set(keep))):
+                raise ValueError(
+                    f"{source.where}: {len(foreign)} of its classes are not among the {len(keep)} of {recipe.name}, the "
+                    f"first is ImageNet's {foreign[0]}; use the preset of this data set"
+                )
+            quality = ClassificationQuality(
+                batches, self.names, accelerator, every=0, out=out, keep=keep, align=classes, draw=draw
             )
-        return numbers
+            quality.due(0, 0)
+            numbers = {**quality(self.task, 0), "examples": quality.latest["weights"].examples}
+        bad = [row for rank in gather_objects(split.bad, accelerator) for row in rank]
+        if bad:
+            self.say(f"warning: {len(bad)} images cannot be decoded and are left out, the first: {bad[0]}")
+        return numbers | {"bad_images": len(bad)}
 
     def _align(self, source: Source) -> list[int]:
         if source.label_names is None:
@@ -162,14 +165,14 @@ class _One:
             return align(self.names, source.label_names)
         return classes_of(source.label_names)
 
-    def corruptions(self, out: Path) -> dict[str, Any]:
+    def corruptions(self) -> dict[str, Any]:
         """Evaluate every CORRUPTION/SEVERITY folder; the error of a corruption is the mean over its severities."""
         errors: dict[str, float] = {}
         for corruption, folders in severities(Path(self.recipe.data.path)).items():
             tops = []
             for folder in folders:
                 self.say(f"{corruption} {folder.name}")
-                tops.append(self(replace(self.recipe.data, path=str(folder), split=None), out)["top1"])
+                tops.append(self(replace(self.recipe.data, path=str(folder), split=None), None)["top1"])
             errors[corruption] = 1 - sum(tops) / len(tops)
         return {"mce": mce(errors)} | {f"error_{name}": error for name, error in errors.items()}
 

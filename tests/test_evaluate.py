@@ -1,0 +1,159 @@
+"""The test sets of ImageNet in miniature: a thousand classes, a few small images, folders as in the archives."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_mae import MAEConfig, MAEForImageClassification
+from hf_mae.data.imagenet import ALEXNET_ERRORS, a_classes, class_of
+from hf_mae.evaluate import evaluate
+from hf_mae.recipes.base import Data
+from hf_mae.recipes.evaluation import EVALUATIONS
+from hf_mae.training.tasks import Classification
+
+TENCH, HEN = "n01440764", "n01514859"
+NEWT = "n01631663"  # the eft, class 27, is in ImageNet-A
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A classifier that sees the mean grey of an image alone: dark is class 0, light is class 8."""
+    torch.manual_seed(0)
+    config = MAEConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        id2label={i: str(i) for i in range(1000)},
+        head_init_std=1.0,
+    )
+    made = MAEForImageClassification(config)
+    task = Classification(made, (0.5,), (0.5,))
+    task.write_model(tmp_path / "model", {k: v.contiguous() for k, v in made.state_dict().items()})
+    return tmp_path / "model"
+
+
+def write(folder, value):
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(value).integers(0, 255, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / f"{value}.png")
+
+
+def predictions(model, root, keep=None):
+    """What the model says of each picture below a folder, by its path."""
+    made = MAEForImageClassification.from_pretrained(model).eval()
+    said = {}
+    for file in sorted(root.rglob("*.png")):
+        pixels = torch.from_numpy(np.asarray(Image.open(file)).copy())[None, None].float() / 255
+        logits = made((pixels - 0.5) / 0.5).logits[0]
+        said[file] = int(logits.argmax()) if keep is None else keep[int(logits[keep].argmax())]
+    return said
+
+
+def ask(preset, model, tmp_path, root, **changes):
+    recipe = replace(EVALUATIONS[preset], model=str(model), out=str(tmp_path / "out"), pictures=False, batch=4)
+    return evaluate(replace(recipe, data=Data(path=str(root)), **changes))
+
+
+@pytest.mark.parametrize("name", [lambda c: c, lambda c: str(class_of(c))], ids=["sketch", "v2"])
+def test_folders_are_matched_by_wordnet_id_or_by_number(model, tmp_path, name):
+    root = tmp_path / "data"
+    chosen = [TENCH, HEN]
+    if name(TENCH) != TENCH:  # numbers are ImageNet's only if all are there; they sort as text: 0, 1, 10, 100, ...
+        for i in range(1000):
+            write(root / str(i), i)
+        truth = {root / str(i) / f"{i}.png": i for i in range(1000)}
+    else:
+        for synset in chosen:
+            for value in range(5):
+                write(root / synset, value)
+        truth = {file: class_of(file.parent.name) for file in root.rglob("*.png")}
+    found = ask("imagenet-v2" if len(truth) == 1000 else "imagenet-sketch", model, tmp_path, root)
+    said = predictions(model, root)
+    assert found["examples"] == len(truth)
+    assert found["top1"] == sum(said[file] == truth[file] for file in truth) / len(truth)
+
+
+def test_imagenet_a_lets_two_hundred_classes_compete(model, tmp_path):
+    root, keep = tmp_path / "data", a_classes()
+    synsets = [NEWT, "n01669191", "n01770081"]
+    for synset in synsets:
+        for value in range(30):
+            write(root / synset, value + 100 * synsets.index(synset))
+    found = ask("imagenet-a", model, tmp_path, root, pictures=True)
+    said = predictions(model, root, keep)
+    truth = {file: class_of(file.parent.name) for file in said}
+    assert {found["top1"]} == {sum(said[f] == truth[f] for f in said) / 90}
+    assert set(said.values()) <= set(keep)
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert len(written["classes"]) == 200
+    assert (tmp_path / "out" / "pictures" / "confusion.png").exists()
+
+
+def test_a_class_that_a_test_set_does_not_have_is_refused(model, tmp_path):
+    for synset in (TENCH, NEWT):  # the tench is not one of the two hundred
+        write(tmp_path / "data" / synset, 1)
+    with pytest.raises(ValueError, match="1 of its classes are not among the 200 of imagenet-a"):
+        ask("imagenet-a", model, tmp_path, tmp_path / "data")
+
+
+def test_imagenet_c_is_the_mean_error_relative_to_alexnet(model, tmp_path):
+    root = tmp_path / "data"
+    for n, corruption in enumerate(ALEXNET_ERRORS):
+        for severity in range(1, 6):
+            for synset in (TENCH, HEN):
+                write(root / corruption / str(severity) / synset, n + 20 * severity)
+    found = ask("imagenet-c", model, tmp_path, root)
+    said = predictions(model, root)
+    errors = dict.fromkeys(ALEXNET_ERRORS, 0.0)
+    for file, answer in said.items():
+        errors[file.parts[-4]] += (answer != class_of(file.parent.name)) / 10
+    assert found["mce"] == pytest.approx(np.mean([errors[c] / ALEXNET_ERRORS[c] for c in errors]))
+    assert found["error_fog"] == pytest.approx(errors["fog"])
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["numbers"] == found
+
+
+def test_real_labels_are_found_by_file_name(model, tmp_path, monkeypatch):
+    root = tmp_path / "data" / TENCH
+    for value in range(4):
+        write(root, value)
+        (root / f"{value}.png").rename(root / f"ILSVRC2012_val_{value + 1:08d}_{TENCH}.png")
+    write(tmp_path / "data" / HEN, 9)
+    (tmp_path / "data" / HEN / "9.png").rename(tmp_path / "data" / HEN / "ILSVRC2012_val_00000005.png")
+    said = {int(file.stem.split("_")[2]): answer for file, answer in predictions(model, tmp_path / "data").items()}
+    sets = {1: [said[1], 3], 2: [said[2]], 3: [(said[3] + 1) % 1000], 4: [], 5: [(said[5] + 1) % 1000]}
+    answers = {f"ILSVRC2012_val_{i:08d}": found for i, found in sets.items()}
+    monkeypatch.setattr("hf_mae.evaluate.real_labels", lambda: answers)
+    found = ask("imagenet-real", model, tmp_path, tmp_path / "data")
+    assert found == {"real_top1": 0.5, "real_examples": 4, "bad_images": 0}
+
+
+def test_images_that_cannot_be_decoded_are_left_out_and_counted(model, tmp_path, capsys):
+    for value in range(5):
+        write(tmp_path / "data" / TENCH, value)
+        write(tmp_path / "data" / HEN, value)
+    (tmp_path / "data" / HEN / "0.png").write_bytes(b"no picture")
+    found = ask("imagenet-sketch", model, tmp_path, tmp_path / "data", pictures=True)
+    assert (found["examples"], found["bad_images"]) == (9, 1)
+    assert "1 images cannot be decoded" in capsys.readouterr().err
+
+
+def test_a_model_of_other_classes_is_refused(model, tmp_path):
+    small = MAEForImageClassification.from_encoder(model, id2label={0: "cat", 1: "dog"})
+    Classification(small, (0.5,), (0.5,)).write_model(tmp_path / "small", dict(small.state_dict()))
+    with pytest.raises(ValueError, match="has 2 classes and imagenet-v2 is judged on ImageNet's 1000"):
+        ask("imagenet-v2", tmp_path / "small", tmp_path, tmp_path)
+
+
+def test_another_size_resizes_the_positions(model, tmp_path):
+    write(tmp_path / "data" / TENCH, 1)
+    write(tmp_path / "data" / HEN, 2)
+    assert ask("imagenet-sketch", model, tmp_path, tmp_path / "data", image_size=16)["examples"] == 2

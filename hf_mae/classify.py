@@ -118,6 +118,8 @@ class ClassifierTraining(Training[ClassifierRecipe]):
                 **architecture,
             )
             say(f"encoder: {encoder}")
+            weights = {k: v for k, v in model.state_dict().items() if not k.startswith(("head", "fc_norm"))}
+            self.origin = {"init_from": str(encoder), "encoder_digest": digest(weights=weights)}
         else:
             fields = {k: v for k, v in asdict(wish).items() if v is not None}
             # The official code trains the positions of a ViT from scratch.
@@ -329,7 +331,7 @@ def encode(split: WholeSplit, inner: nn.Module, folder: Path, accelerator: Accel
     weights = {k: full(v) for k, v in inner.model.state_dict().items() if not k.startswith("head")}
     facts = (split.source.fingerprint, inner.processor(), inner.config.pool, accelerator.mixed_precision)
     path = folder / f"{digest(*facts, weights=weights)}.safetensors"
-    found = gather_objects(path.is_file(), accelerator)[0]  # one look for all ranks
+    found = all(gather_objects(path.is_file(), accelerator))  # all read it, or all encode
     if found and (features := read_features(path)) is not None:
         say(f"features: {len(features.rows):,} images were encoded before: {path}")
         return features

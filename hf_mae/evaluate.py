@@ -142,8 +142,8 @@ class _One:
             classes = self._align(source)
             if keep is not None and (foreign := sorted(set(classes) - set(keep))):
                 raise ValueError(
-                    f"{source.where}: {len(foreign)} of its classes are not among the {len(keep)} of {recipe.name}, the "
-                    f"first is ImageNet's {foreign[0]}; use the preset of this data set"
+                    f"{source.where}: {len(foreign)} of its classes are not among the {len(keep)} of {recipe.name}, "
+                    f"the first is ImageNet's {foreign[0]}; use the preset of this data set"
                 )
             quality = ClassificationQuality(
                 batches, self.names, accelerator, every=0, out=out, keep=keep, align=classes, draw=draw

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from hf_mae.data.augment import check_augment
 from hf_mae.data.examples import load_examples
 from hf_mae.data.images import ImageError, decode_image, eval_image
 from hf_mae.data.order import NOISE, uniforms
@@ -51,6 +52,7 @@ def pretrain(recipe: Recipe) -> Path:
         RuntimeError: the run met something it cannot go on with; the message names the last good checkpoint.
     """
     check(recipe)
+    check_augment(recipe.augment)
     return run(MaskedPretraining(recipe))
 
 

@@ -64,6 +64,7 @@ class Training(ABC, Generic[R]):
         baseline: what `baseline_loss` is the loss of, in words.
         image_size: (height, width) in pixels, known after `build`.
         channels: 3 or 1, known after `build`.
+        origin: what new weights were made from, for environment.json; known after `build`.
         num_classes: that labels must lie in, None where labels do not matter; known after `labels`.
     """
 
@@ -75,6 +76,7 @@ class Training(ABC, Generic[R]):
 
     def __init__(self, recipe: R):
         self.recipe = recipe
+        self.origin: dict[str, Any] = {}
 
     def labels(self, source: Source, say: Printer) -> dict[str, Any]:
         """Return what of the labels decides the run; compared at resume. Refuses what cannot be trained on."""
@@ -210,7 +212,7 @@ def _run(training: Training[Any], out: Path, accelerator: Accelerator, say: Prin
     evaluators = training.evaluators(out, inner, average, accelerator, say)
     if state.trivial_loss is None:
         state.trivial_loss = training.baseline_loss(inner)
-    record_start(out, recipe, accelerator, state, data_state, micro_batch, say)
+    record_start(out, recipe, accelerator, state, data_state, micro_batch, say, origin=training.origin)
 
     if micro_batch < min(16, recipe.global_batch // world):
         say(f"warning: micro-batches of {micro_batch} are slow; a global batch with more divisors makes larger ones")

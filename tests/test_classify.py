@@ -103,6 +103,9 @@ def test_a_run_leaves_model_best_model_numbers_and_pictures(recipe):
     ]
     model = MAEForImageClassification.from_pretrained(last(out) / "model")
     assert model.config.id2label[9] == "9"
+    (start,) = json.loads((out / "environment.json").read_text())["starts"]
+    assert start["init_from"] == recipe.init_from
+    assert len(start["encoder_digest"]) == 16
     best = json.loads((out / "best" / "best.json").read_text())
     assert best["value"] == max(row["top1"] for row in rows(out) if "top1" in row)
     assert MAEForImageClassification.from_pretrained(out / "best" / "model").num_parameters() == model.num_parameters()

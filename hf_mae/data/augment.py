@@ -55,7 +55,7 @@ def check_augment(augment: Augment) -> None:
     if augment.rand_augment is not None:
         parse_rand_augment(augment.rand_augment)
     if not 0 <= augment.erase_prob <= 1:
-        raise ValueError(f"augment.erase_prob={augment.erase_prob} must lie in [0, 1]; the paper uses 0.25")
+        raise ValueError(f"augment.erase_prob={augment.erase_prob} must lie in [0, 1]; the official code uses 0.25")
     if augment.erase_prob and min(augment.std) <= 0:
         raise ValueError(f"augment.std={augment.std} must be above 0: erasing fills with noise of this deviation")
 

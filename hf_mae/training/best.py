@@ -74,6 +74,8 @@ class Best:
         value = gather_objects(numbers.get(self.metric), self.accelerator)[0]  # all ranks decide alike
         if value is None:
             return False
+        if not gather_objects((self.folder / "best.json").is_file(), self.accelerator)[0]:
+            state.best_value, state.evaluations_since_best = None, 0  # a run that goes on in another folder
         if self._is_better(value, state.best_value):
             self._write(numbers, value, state.step)
             state.best_value, state.best_step, state.evaluations_since_best = value, state.step, 0

@@ -154,8 +154,13 @@ def record_start(
     data_state: Mapping[str, Any],
     micro_batch: int,
     say: Printer,
+    *,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Append this start to environment.json: versions, machine, launch, data. The first also writes recipe.json."""
+    """Append this start to environment.json: versions, machine, launch, data. The first also writes recipe.json.
+
+    `origin` says what the weights of a new run were made from.
+    """
     pids = gather_objects(os.getpid(), accelerator)
     if not accelerator.is_main_process:
         return
@@ -176,6 +181,7 @@ def record_start(
         "packages": {name: version(name) for name in PACKAGES},
         "data": dict(data_state),
         "seed": recipe.seed,
+        **(origin or {}),
     }
     path = out / "environment.json"
     starts = json.loads(path.read_text())["starts"] if path.exists() and state.step else []

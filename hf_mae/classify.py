@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import AutoImageProcessor
 
 from hf_mae.data.augment import check_augment
 from hf_mae.data.cached import FeatureBatches, Features, digest, read_features, write_features
 from hf_mae.data.labels import check_labels
 from hf_mae.data.order import DROP_PATH, Order, uniforms
-from hf_mae.data.sources import Source, list_splits, open_source
+from hf_mae.data.sources import SPLIT_NAMES, Source, list_splits, open_source
 from hf_mae.data.whole import WholeSplit
 from hf_mae.evaluation.classification import ClassificationQuality
 from hf_mae.evaluation.features import FrozenFeatures, split_features
@@ -81,18 +83,23 @@ class ClassifierTraining(Training[ClassifierRecipe]):
         return {"classes": self.names}
 
     def _test_split(self, source: Source, say: Printer) -> Source | None:
-        data = replace(self.recipe.data, revision=source.revision)  # the same commit
-        split = self.recipe.evals.split
-        if split is None:
-            split = next((s for s in ("validation", "val", "test") if s in list_splits(data)), None)
-        if split is not None:
+        data, evals = replace(self.recipe.data, revision=source.revision), self.recipe.evals  # the same commit
+        usual = [name for kind in ("validation", "test") for name in SPLIT_NAMES[kind]]
+        splits = [evals.split] if evals.split is not None else [s for s in usual if s in list_splits(data)]
+        for split in splits:
             test = open_source(data, split=split, field="evals.split")
-            say(f"testing on {test.summary().removeprefix('data: ')}")
-            return test
-        if self.recipe.evals.patience is not None:
+            if test.where != source.where:
+                say(f"testing on {test.summary().removeprefix('data: ')}")
+                return test
+            if evals.split is not None:
+                raise ValueError(
+                    f"evals.split={split} is what is trained on ({source.where}); testing on it measures memory, name "
+                    "another"
+                )
+        if evals.patience is not None:
             raise ValueError(
-                f"evals.patience={self.recipe.evals.patience} needs a split to test on and none was found; name one "
-                "with --evals.split, or leave the patience out"
+                f"evals.patience={evals.patience} needs a split to test on and none was found; name one with "
+                "--evals.split, or leave the patience out"
             )
         say("no validation or test split was found (--evals.split names one): nothing is measured but the loss")
         return None
@@ -100,7 +107,7 @@ class ClassifierTraining(Training[ClassifierRecipe]):
     def build(self, source: Source, resume_from: Path | None, accelerator: Accelerator, say: Printer) -> nn.Module:
         """Return the task: the model of the checkpoint, of the pretrained encoder, or a new one."""
         recipe, id2label = self.recipe, dict(enumerate(self.names))
-        wish = recipe.model
+        wish, self.resumed = recipe.model, resume_from is not None
         if resume_from is not None:
             model = MAEForImageClassification(MAEConfig.from_pretrained(resume_from / "model"))
         elif recipe.init_from:
@@ -118,6 +125,7 @@ class ClassifierTraining(Training[ClassifierRecipe]):
                 **architecture,
             )
             say(f"encoder: {encoder}")
+            self._compare_normalisation(encoder, say)
             weights = {k: v for k, v in model.state_dict().items() if not k.startswith(("head", "fc_norm"))}
             self.origin = {"init_from": str(encoder), "encoder_digest": digest(weights=weights)}
         else:
@@ -143,6 +151,21 @@ class ClassifierTraining(Training[ClassifierRecipe]):
         return Classification(
             model, recipe.augment.mean, recipe.augment.std, label_smoothing=recipe.augment.label_smoothing
         )
+
+    def _compare_normalisation(self, encoder: Path | str, say: Printer) -> None:
+        """Warn where images are not normalised as they were in pretraining, as far as the encoder's folder says."""
+        try:
+            processor = AutoImageProcessor.from_pretrained(encoder)
+        except (OSError, ValueError):
+            return
+        augment = self.recipe.augment
+        theirs, ours = (processor.image_mean, processor.image_std), (list(augment.mean), list(augment.std))
+        if any(not np.allclose(x, y, atol=1e-4) for x, y in zip(theirs, ours, strict=True) if len(x) == len(y)):
+            flags = " ".join(
+                f"--augment.{name} {' '.join(f'{v:g}' for v in values)}"
+                for name, values in zip(("mean", "std"), theirs, strict=True)
+            )
+            say(f"warning: the encoder was pretrained with another augment.mean and augment.std: {flags}")
 
     def optimizer(self, task: nn.Module) -> torch.optim.Optimizer:
         """Return AdamW, LARS or SGD over the trainable parameters, grouped by layer."""
@@ -176,27 +199,34 @@ class ClassifierTraining(Training[ClassifierRecipe]):
         return all_draws
 
     def sample(self, n: int) -> dict[str, Tensor]:
-        """Return n black images of the first class."""
+        """Return n black images of the first class, or n features."""
+        labels = torch.zeros(n, dtype=torch.int64)
+        if self.recipe.cached_features:
+            return {"features": torch.zeros(n, self.config.hidden_size), "labels": labels}
         pixel_values = torch.zeros(n, self.channels, *self.image_size, dtype=torch.uint8)
-        return {"pixel_values": pixel_values, "labels": torch.zeros(n, dtype=torch.int64)}
+        keep_all = torch.ones(n, 2 * self.config.num_hidden_layers)
+        return {"pixel_values": pixel_values, "labels": labels, "drop_path_noise": keep_all}
 
     def evaluators(
         self, out: Path, inner: nn.Module, average: MovingAverage | None, accelerator: Accelerator, say: Printer
     ) -> list[Evaluator]:
         """Return accuracy and calibration on the test split; for a frozen encoder also neighbours and regression."""
         recipe, evals = self.recipe, self.recipe.evals
-        frozen = recipe.trainable_blocks == 0
         test = self._whole(self.test, accelerator) if self.test is not None else None
+        neighbours = evals.knn or evals.logistic
+        if neighbours and recipe.trainable_blocks != 0:
+            say("note: evals.knn and evals.logistic judge frozen features; without --trainable-blocks 0 they are off")
+            neighbours = False
+        neighbours = neighbours and test is not None and not self.resumed  # measured before the first update
         self.cached: Features | None = None
         cached_test: Features | None = None
-        wants_features = recipe.cached_features or (frozen and (evals.knn or evals.logistic) and test is not None)
-        if wants_features:
-            folder = out.parent / "features"
-            self.cached = encode(self._whole(self.source, accelerator), inner, folder, accelerator, say)
+        if recipe.cached_features or neighbours:
+            self.cached = self._encode(self._whole(self.source, accelerator), inner, out, accelerator, say)
+            _limit_bad(self.cached, recipe.data.max_bad_fraction)
             if test is not None:
-                cached_test = encode(test, inner, folder, accelerator, say)
+                cached_test = self._encode(test, inner, out, accelerator, say)
         evaluators: list[Evaluator] = []
-        if cached_test is not None and self.cached is not None and (evals.knn or evals.logistic):
+        if neighbours and cached_test is not None and self.cached is not None:
             evaluators.append(
                 FrozenFeatures(
                     (self.cached.features, self.cached.labels),
@@ -226,6 +256,21 @@ class ClassifierTraining(Training[ClassifierRecipe]):
                 )
             )
         return evaluators
+
+    def _encode(
+        self, split: WholeSplit, inner: nn.Module, out: Path, accelerator: Accelerator, say: Printer
+    ) -> Features:
+        data = (self.names, self.recipe.data.label_column)
+        with torch.compiler.set_stance("force_eager") if self.recipe.engine.compile else nullcontext():
+            features = encode(split, inner, out.parent / "features", accelerator, say, facts=data)
+        wrong = (features.labels < 0) | (features.labels >= len(self.names))
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise RuntimeError(
+                f"{split.source.where}: row {int(features.rows[at])} has the label {int(features.labels[at])}, "
+                f"which is none of the {len(self.names)} classes; leave such rows out, or number the classes from 0"
+            )
+        return features
 
     def _whole(self, source: Source, accelerator: Accelerator) -> WholeSplit:
         return WholeSplit(
@@ -292,10 +337,11 @@ class ClassifierTraining(Training[ClassifierRecipe]):
         ):
             values = [(row[name], row["step"]) for row in rows if name in row]
             if values:
-                best = f"; best {max(values)[0]:.4f} at step {max(values)[1]}" if len(values) > 1 else ""
+                top, step = max(values, key=lambda value: value[0])
+                best = f"; best {top:.4f} at step {step}" if len(values) > 1 else ""
                 say(f"{title}: {values[-1][0]:.4f} on {len(self.names)} classes{best}")
         if self.test_images is not None and (bad := self.test_images.bad):
-            say(f"warning: {len(bad)} test images cannot be decoded and were left out, the first: {bad[0]}")
+            say(f"warning: {len(bad)} test images of this process cannot be decoded and were left out: {bad[0]} ...")
         if pictures := sorted((out / "pictures").glob("*.png")):
             say(f"pictures: {', '.join(p.name for p in pictures)} in {out / 'pictures'}")
         if model := last_model(out):
@@ -315,10 +361,18 @@ class DropPathNoise:
         return {"drop_path_noise": torch.from_numpy(drawn).float()}
 
 
-def encode(split: WholeSplit, inner: nn.Module, folder: Path, accelerator: Accelerator, say: Printer) -> Features:
+def encode(
+    split: WholeSplit,
+    inner: nn.Module,
+    folder: Path,
+    accelerator: Accelerator,
+    say: Printer,
+    *,
+    facts: Sequence[Any] = (),
+) -> Features:
     """Return the features of a whole split, from `folder` if this encoder has made them before.
 
-    A collective: call it on all ranks. Rows that cannot be decoded are left out.
+    A collective: call it on all ranks. Rows that cannot be decoded are left out, and said.
 
     Args:
         split: the images.
@@ -326,19 +380,46 @@ def encode(split: WholeSplit, inner: nn.Module, folder: Path, accelerator: Accel
         folder: where features are kept, named by what they depend on.
         accelerator: carries device and ranks.
         say: for a line on what is being done.
+        facts: what else the labels depend on.
     """
     assert isinstance(inner, Classification)
     weights = {k: full(v) for k, v in inner.model.state_dict().items() if not k.startswith("head")}
-    facts = (split.source.fingerprint, inner.processor(), inner.config.pool, accelerator.mixed_precision)
-    path = folder / f"{digest(*facts, weights=weights)}.safetensors"
-    found = all(gather_objects(path.is_file(), accelerator))  # all read it, or all encode
-    if found and (features := read_features(path)) is not None:
-        say(f"features: {len(features.rows):,} images were encoded before: {path}")
-        return features
+    config = {k: v for k, v in inner.config.to_dict().items() if k in (*ARCHITECTURE, "image_size", "pool")}
+    key = (split.source.fingerprint, *facts, config, inner.processor(), accelerator.mixed_precision)
+    path = folder / f"{digest(*key, weights=weights)}.safetensors"
+    found = read_features(path)
+    if all(gather_objects(found is not None, accelerator)):  # all have read it, or all encode
+        assert found is not None
+        say(f"features: {len(found.rows):,} images were encoded before: {path}")
+        return _tell_bad(found, split, say)
     say(f"features: encoding {split.num_rows:,} images once, without augmentation")
     inner.eval()
-    features = Features(*split_features(inner, progress(split, accelerator), accelerator))
+    tensors = split_features(inner, progress(split, accelerator), accelerator)
+    bad = [(row.shard, row.row, row.reason) for rank in gather_objects(split.bad, accelerator) for row in rank]
+    features = Features(*tensors, bad=tuple(bad))
     if accelerator.is_main_process:
-        write_features(path, features)
+        try:
+            write_features(path, features)
+        except OSError as error:
+            say(f"warning: the features could not be kept for other probes: {error}")
     accelerator.wait_for_everyone()
+    return _tell_bad(features, split, say)
+
+
+def _tell_bad(features: Features, split: WholeSplit, say: Printer) -> Features:
+    if features.bad:
+        shard, row, reason = features.bad[0]
+        say(
+            f"warning: {len(features.bad)} of {split.num_rows:,} images cannot be decoded and are left out, first "
+            f"{shard}, row {row}: {reason}"
+        )
     return features
+
+
+def _limit_bad(features: Features, max_bad_fraction: float) -> None:
+    rows = len(features.rows) + len(features.bad)
+    if len(features.bad) > max_bad_fraction * rows:
+        raise RuntimeError(
+            f"{len(features.bad)} of {rows} training images cannot be decoded, more than data.max_bad_fraction="
+            f"{max_bad_fraction}; mend the data, or raise --data.max-bad-fraction"
+        )

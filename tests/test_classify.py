@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -20,9 +22,11 @@ from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining
 from hf_mae.classify import DropPathNoise, classify
 from hf_mae.cli import main
 from hf_mae.data.cached import FeatureBatches, Features
+from hf_mae.data.loader import Loader
 from hf_mae.data.order import Order
+from hf_mae.data.sources import open_source
 from hf_mae.evaluate import evaluate
-from hf_mae.recipes.base import Data, Recipe, from_dict
+from hf_mae.recipes.base import Augment, Data, Recipe, from_dict
 from hf_mae.recipes.classification import ClassifierEvals, ClassifierRecipe, check_classifier
 from hf_mae.recipes.evaluation import EVALUATIONS
 from hf_mae.recipes.transfer import FINETUNE, PROBE
@@ -290,6 +294,7 @@ def test_other_classes_are_refused_when_a_run_goes_on(recipe, tmp_path):
         ({"init_from": "runs/nothing"}, "does not exist"),
         ({"init_from": ""}, "train from scratch with a scratch-. preset"),
         ({"cached_features": True}, "add --trainable-blocks 0"),
+        ({"cached_features": True, "trainable_blocks": 0.0}, "add --model.head batchnorm"),
         ({"global_batch": 63}, "odd, and mixup"),
         ({"data": Data(path="digits", repeats=2)}, "mix each image with itself"),
         ({"micro_batch": 1}, "micro_batch=1 does not divide .* into even parts, which mixup"),
@@ -408,21 +413,114 @@ def test_drop_path_depends_on_the_place_in_the_stream_alone():
     assert not torch.equal(whole[0], whole[2])
 
 
-def test_feature_batches_have_the_order_of_images_and_stand_ins():
-    order = Order([4, 3, 5], seed=1, lanes=2, window=1)
-    good = torch.tensor([r for r in range(12) if r not in (2, 11)])
+def test_feature_batches_have_the_order_of_images_and_their_stand_ins(tmp_path):
+    """Beside the loader, on a data set of which some images cannot be decoded."""
+    for i in range(12):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"{i:02}.png")
+    pictures = [(tmp_path / f"{i:02}.png").read_bytes() if i not in (2, 4, 11) else b"junk" for i in range(12)]
+    (tmp_path / "data").mkdir()
+    table = pa.table({"image": pictures, "label": list(range(12))})
+    pq.write_table(table.slice(0, 7), tmp_path / "data" / "train-0.parquet", row_group_size=4)  # chunks of 4, 3 and 5
+    pq.write_table(table.slice(7), tmp_path / "data" / "train-1.parquet")
+    source = open_source(Data(path=str(tmp_path / "data")))
+    assert source.sizes.tolist() == [4, 3, 5]
+    good = torch.tensor([r for r in range(12) if r not in (2, 4, 11)])
     features = Features(good[:, None].float(), good, good)
 
-    def take(rank, world, steps):
-        batches = FeatureBatches(features, order, images_per_epoch=12, global_batch=6, rank=rank, world=world, cursor=0)
-        return [batch.labels for _, batch in zip(range(steps), batches, strict=False)]
+    def take(rank, world):
+        order = Order(source.sizes, seed=1, lanes=2, window=1)
+        shared = {"global_batch": 6, "rank": rank, "world": world, "cursor": 0}
+        batches = FeatureBatches(features, order, images_per_epoch=12, **shared)
+        with Loader(
+            source,
+            order,
+            augment=Augment(crop="center", mean=(0.5,), std=(0.5,)),
+            image_size=(8, 8),
+            channels=1,
+            max_bad_fraction=1.0,
+            stop=4,
+            **shared,
+        ) as loader:
+            images = [batch.labels for batch in loader]
+        cached = [batch.labels for _, batch in zip(range(4), batches, strict=False)]
+        assert all(torch.equal(a, b) for a, b in zip(images, cached, strict=True))
+        return cached
 
-    whole = take(0, 1, 4)
-    halves = [torch.stack(pair, 1).flatten() for pair in zip(take(0, 2, 4), take(1, 2, 4), strict=True)]
+    whole = take(0, 1)
+    halves = [torch.stack(pair, 1).flatten() for pair in zip(take(0, 2), take(1, 2), strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True))
-    epoch = torch.cat(whole[:2]).tolist()
-    assert sorted(epoch) == sorted([*good.tolist(), 3, 0])  # row 2 is replaced by 3, the last by the first
     assert not torch.equal(torch.cat(whole[:2]), torch.cat(whole[2:]))
+
+
+def test_every_rank_gets_as_many_batches_of_features():
+    n = torch.arange(10)
+    parts = [Features(n[:, None].float(), n, n).batches(1, rank=rank, world=8) for rank in range(8)]
+    assert {len(batches) for batches in parts} == {2}
+    assert torch.cat([batch["rows"] for batches in parts for batch in batches]).tolist() == n.tolist()
+
+
+def write_classes(root, names, *, count=40, bad=()):
+    for i, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for k in range(count):
+            path = root / name / f"{k:02}.png"
+            Image.fromarray(np.full((8, 8), 100 * i + k, np.uint8)).save(path)
+            if k in bad:
+                path.write_bytes(b"junk")
+
+
+def test_cached_features_know_the_numbers_of_the_classes(probe, tmp_path, capsys):
+    for split in ("train", "test"):
+        write_classes(tmp_path / "data" / split, ["cat", "dog"])
+    own = replace(probe, data=Data(path=str(tmp_path / "data")), evals=ClassifierEvals(pictures=False, knn=True))
+    first = rows(classify(own))[0]["knn_top1"]
+    write_classes(tmp_path / "data" / "test", ["ant"], count=1)  # now cat is 1 and dog is 2
+    second = rows(classify(replace(own, out=str(tmp_path / "second"))))[0]["knn_top1"]
+    assert first == 1.0
+    assert second == pytest.approx(80 / 81)
+
+
+def test_bad_images_in_cached_features_are_said_and_limited(probe, tmp_path, capsys):
+    write_classes(tmp_path / "data" / "train", ["cat", "dog"], bad=(3,))
+    write_classes(tmp_path / "data" / "test", ["cat", "dog"])
+    own = replace(
+        probe, data=Data(path=str(tmp_path / "data"), max_bad_fraction=0.1), evals=ClassifierEvals(pictures=False)
+    )
+    classify(own)
+    assert "warning: 2 of 80 images cannot be decoded" in capsys.readouterr().err
+    strict = replace(own, out=str(tmp_path / "strict"), data=replace(own.data, max_bad_fraction=0.01))
+    with pytest.raises(RuntimeError, match="2 of 80 training images cannot be decoded"):
+        classify(strict)
+    assert "were encoded before" in capsys.readouterr().err
+
+
+def test_a_damaged_cache_is_encoded_again(probe, tmp_path, capsys):
+    classify(probe)
+    for file in (tmp_path / "features").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    classify(replace(probe, out=str(tmp_path / "second")))
+    assert capsys.readouterr().err.count("images once, without augmentation") == 4
+
+
+@pytest.mark.parametrize("evals", [{}, {"split": "test"}])
+def test_what_is_trained_on_is_not_tested_on(recipe, tmp_path, capsys, evals):
+    write_classes(tmp_path / "data" / "testing", ["cat", "dog"])
+    own = replace(
+        recipe, data=Data(path=str(tmp_path / "data"), split="test"), evals=ClassifierEvals(pictures=False, **evals)
+    )
+    if evals:
+        with pytest.raises(ValueError, match=r"is (what is trained on|the training split)"):
+            classify(own)
+        return
+    classify(own)
+    assert "nothing is measured but the loss" in capsys.readouterr().err
+
+
+def test_another_normalisation_than_in_pretraining_is_said(recipe, encoder, capsys):
+    processor = {"image_processor_type": "BitImageProcessor", "image_mean": [0.3], "image_std": [0.2]}
+    (encoder / "preprocessor_config.json").write_text(json.dumps(processor))
+    classify(recipe)
+    assert "--augment.mean 0.3 --augment.std 0.2" in capsys.readouterr().err
 
 
 def test_recipes_of_other_kinds_are_told_apart(recipe, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,12 +34,14 @@ class Features:
     """int64 [n]."""
     rows: Tensor
     """int64 [n], ascending: which row of the source each is."""
+    bad: tuple[tuple[str, int, str], ...] = ()
+    """Shard, row and reason of the rows that could not be decoded."""
 
     def batches(self, size: int, *, rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:
         """Cut this rank's part into batches for evaluation, the same number of them on every rank."""
-        share = -(-len(self.rows) // world)
-        mine = torch.arange(rank * share, min((rank + 1) * share, len(self.rows)))
-        count = -(-share // size)
+        n = len(self.rows)
+        mine = torch.arange(n * rank // world, n * (rank + 1) // world)
+        count = math.ceil(math.ceil(n / world) / size)
         return [
             {"features": self.features[part], "labels": self.labels[part], "rows": self.rows[part]}
             for part in (mine[i * size : (i + 1) * size] for i in range(count))
@@ -55,11 +58,14 @@ def digest(*facts: Any, weights: Mapping[str, Tensor]) -> str:
 
 
 def read_features(path: Path) -> Features | None:
-    """Read what `write_features` has written; None if there is no such file."""
-    if not path.is_file():
+    """Read what `write_features` has written; None if there is no such file, or it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = [file.get_tensor(name) for name in ("features", "labels", "rows")]
+            bad = json.loads(file.metadata()["bad"])
+    except (OSError, SafetensorError):
         return None
-    with safe_open(path, "pt") as file:
-        return Features(*(file.get_tensor(name) for name in ("features", "labels", "rows")))
+    return Features(*tensors, bad=tuple((shard, row, reason) for shard, row, reason in bad))
 
 
 def write_features(path: Path, features: Features) -> None:
@@ -67,7 +73,8 @@ def write_features(path: Path, features: Features) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {"features": features.features, "labels": features.labels, "rows": features.rows}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    metadata = {"bad": json.dumps(features.bad)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -92,7 +99,7 @@ class FeatureBatch:
 class FeatureBatches:
     """An endless iterator over the batches of one rank, as `Loader` makes them of images.
 
-    A row without features stands in for by the next row that has some, as a bad image is in the loader.
+    A bad image is replaced as in the loader: by the next good one of its chunk, then of the chunks after it.
 
     Args:
         features: of the training split.
@@ -119,8 +126,7 @@ class FeatureBatches:
         self._data, self._order, self._length = features, order, images_per_epoch
         self._global_batch, self._rank, self._world, self._cursor = global_batch, rank, world, cursor
         self._starts = np.cumsum(order.sizes) - order.sizes
-        known = features.rows.numpy()
-        self._place: Ints = np.searchsorted(known, np.arange(order.num_rows)) % len(known)
+        self._place = _places(features.rows.numpy(), order, self._starts)
 
     def __iter__(self) -> Iterator[FeatureBatch]:
         """Yield batches from the cursor on."""
@@ -145,3 +151,20 @@ class FeatureBatches:
 
     def count_bad(self, samples: Any) -> None:
         """Nothing is decoded here: what was bad has been left out before."""
+
+
+def _places(known: Ints, order: Order, starts: Ints) -> Ints:
+    """Return which of the features belongs to each row: its own, or that of its stand-in."""
+    place = np.full(order.num_rows, -1, dtype=np.int64)
+    place[known] = np.arange(len(known))
+    good = place >= 0
+    for row in np.flatnonzero(~good).tolist():
+        chunk = int(np.searchsorted(starts, row, side="right")) - 1
+        for step in range(len(starts)):
+            number = (chunk + step) % len(starts)
+            # From the same place on in every chunk, and round to its beginning.
+            inside = np.roll(np.arange(order.sizes[number]), int(starts[chunk]) - row) + starts[number]
+            if good[inside].any():
+                place[row] = place[inside[good[inside]][0]]
+                break
+    return place

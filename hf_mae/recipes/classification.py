@@ -163,6 +163,11 @@ def check_classifier(recipe: ClassifierRecipe) -> None:
             f"cached_features=True trains a head on frozen features, but trainable_blocks={recipe.trainable_blocks}; "
             "add --trainable-blocks 0"
         )
+    if recipe.cached_features and recipe.model.head != "batchnorm":
+        raise ValueError(
+            f"cached_features=True needs model.head=batchnorm: with model.head={recipe.model.head} the norm before the "
+            "head is trained as well, and features are what comes after it; add --model.head batchnorm"
+        )
     if recipe.trainable_blocks is not None and not recipe.init_from:
         raise ValueError(
             f"trainable_blocks={recipe.trainable_blocks} would freeze an encoder that has learned nothing; name a "
@@ -198,8 +203,8 @@ def check_classifier(recipe: ClassifierRecipe) -> None:
         )
     if recipe.evals.best == "ema_top1" and recipe.optim.ema_decay is None:
         raise ValueError("evals.best=ema_top1 needs averaged weights; add --optim.ema-decay 0.9999")
-    if recipe.trainable_blocks == 0 and recipe.optim.ema_decay is not None and recipe.model.head == "batchnorm":
+    if recipe.optim.ema_decay is not None and recipe.model.head == "batchnorm":
         raise ValueError(
             f"optim.ema_decay={recipe.optim.ema_decay} does not average the statistics of model.head=batchnorm; leave "
-            "it out for a probe"
+            "it out"
         )

@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command not in commands:
             raise ValueError(f"command {command!r} is unknown; {_nearest(command, commands)}")
         commands[command](arguments)
+        _end_processes()
     except KeyboardInterrupt:
         sys.stderr.write("hf-mae: interrupted before training began; nothing was changed\n")
         raise SystemExit(130) from None
@@ -80,6 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"hf-mae: error: {error}\n")
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+
+
+def _end_processes() -> None:
+    """Leave the process group, if a command has joined one. Not after an error: others may be waiting in it."""
+    distributed = sys.modules.get("torch.distributed")  # not imported: some commands answer without torch
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def parse_recipe(
@@ -219,8 +227,8 @@ class PartialArguments:
 class SeedsArguments:
     """What `hf-mae sweep seeds` takes: how many, and a whole recipe."""
 
-    n: int = 5
-    """Seeds: the recipe's own and those after it."""
+    n: Annotated[int, tyro.conf.arg(aliases=["--num-seeds"])] = 5
+    """Seeds: the recipe's own and those after it. Under torchrun, which takes --n for its own, --num-seeds."""
     recipe: Annotated[Any, tyro.conf.arg(name="")]
 
 
@@ -260,13 +268,11 @@ def _sweep(arguments: Sequence[str]) -> None:
     given = parse_sweep(arguments)
     _require_data(given.recipe)
     from hf_mae.sweep import sweep_partial, sweep_seeds
-    from hf_mae.training.monitors import Printer
 
-    say = Printer(os.environ.get("RANK", "0") == "0")
     if isinstance(given, PartialArguments):
-        sweep_partial(given.recipe, blocks=given.blocks, seeds=given.seeds, say=say)
+        sweep_partial(given.recipe, blocks=given.blocks, seeds=given.seeds)
     else:
-        sweep_seeds(given.recipe, n=given.n, say=say)
+        sweep_seeds(given.recipe, n=given.n)
 
 
 def _plan(arguments: Sequence[str]) -> None:

@@ -82,7 +82,7 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
         )
     )
     say(f"expected: {recipe.expected}; written to {out}")
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
     return numbers
 
 

@@ -148,8 +148,7 @@ def run(training: Training[Any]) -> Path:
     say(f"hf_mae: {recipe.name}, {describe_world(accelerator)}")
     with open_run_folder(recipe, accelerator) as out:
         _run(training, out, accelerator, say)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+        accelerator.wait_for_everyone()  # the process group stays: a sweep or a script may start another run
     return out
 
 

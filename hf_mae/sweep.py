@@ -1,7 +1,8 @@
 """Several runs of one recipe that differ in one thing, as a table with mean and deviation, and a plot.
 
 Every run has a folder of its own and is resumed or passed over like any run, so a sweep that was killed goes on where
-it was. The table is made anew after each run from the runs' own records.
+it was. The table is made anew after each run from the runs' own records. Every process of a launch takes part in all
+runs; the main one writes and draws.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hf_mae.recipes.base import Recipe
 from hf_mae.recipes.classification import ClassifierRecipe
 from hf_mae.run import model_folder
 from hf_mae.training.checkpoint import write_atomic
+from hf_mae.training.distributed import agree, gather_objects, make_accelerator
 from hf_mae.training.monitors import Printer, read_rows
 
 # He et al. 2022, Fig. 9 (ViT-L, top-1 % on ImageNet by trainable blocks; read from the plot's labels; 0.5 in the text).
@@ -34,13 +36,13 @@ BLOCKS = (0, 0.5, 1, 2, 4, 6, 12, 18, 24)
 def sweep_partial(
     recipe: ClassifierRecipe, *, blocks: Sequence[float] = BLOCKS, seeds: int = 1, say: Printer | None = None
 ) -> dict[str, Any]:
-    """Fine-tune the last K blocks for several K, like Fig. 9 of the paper.
+    """Fine-tune the last K blocks for several K, like Fig. 9 of the paper. A collective: every process calls it.
 
     Args:
         recipe: all but `trainable_blocks`, `seed` and `out`, under which the runs are put.
         blocks: the values of K; those beyond the encoder's depth are left out.
         seeds: runs of each K, with the recipe's seed and those after it.
-        say: prints a line on the main process.
+        say: prints a line; None prints to standard error, on the main process.
 
     Returns:
         What is written to `sweep.json`: `{"metric", "values": {K: {"mean", "sd", "min", "max", "runs"}}}`. `table.md`
@@ -75,13 +77,13 @@ def sweep_partial(
 def sweep_seeds(
     recipe: Recipe, *, n: int = 5, train: Callable[[Any], Path] | None = None, say: Printer | None = None
 ) -> dict[str, Any]:
-    """Train one recipe with n seeds: the recipe's own and those after it.
+    """Train one recipe with n seeds: the recipe's own and those after it. A collective: every process calls it.
 
     Args:
         recipe: all but `seed` and `out`, under which the runs are put.
         n: how many seeds, at least 2.
         train: `pretrain` or `classify`; None is the one that fits the recipe.
-        say: prints a line on the main process.
+        say: prints a line; None prints to standard error, on the main process.
 
     Returns:
         As `sweep_partial`, with one value, `all`. A histogram is drawn to `seeds.png`.
@@ -123,18 +125,25 @@ def _sweep(
     train: Callable[[Any], Path],
     say: Printer | None,
 ) -> dict[str, Any]:
-    metric, say = metric_of(recipe), say or Printer(False)
+    metric, accelerator = metric_of(recipe), make_accelerator(recipe.engine)
+    say = say or Printer(accelerator.is_main_process)
     found: dict[str, list[dict[str, Any]]] = {}
     summary: dict[str, Any] = {}
     for number, ((key, seed), one) in enumerate(runs.items(), 1):
         say(f"sweep: run {number} of {len(runs)}: {column} {key}, seed {seed}")
-        folder = train(one)
-        found.setdefault(key, []).append({"seed": seed, "out": str(folder)} | read_result(folder, metric))
-        values = {k: summarise(results) for k, results in found.items()}
-        summary = {"recipe": recipe.name, "metric": metric, "values": values}
-        write_atomic(out / "sweep.json", json.dumps(summary, indent=2) + "\n")
-        write_atomic(out / "table.md", table(values, column, metric))
-        draw(values)
+        folder, error = train(one), None
+        if accelerator.is_main_process:
+            try:
+                found.setdefault(key, []).append({"seed": seed, "out": str(folder)} | read_result(folder, metric))
+                values = {k: summarise(results) for k, results in found.items()}
+                summary = {"recipe": recipe.name, "metric": metric, "values": values}
+                write_atomic(out / "sweep.json", json.dumps(summary, indent=2) + "\n")
+                write_atomic(out / "table.md", table(values, column, metric))
+                draw(values)
+            except (RuntimeError, OSError) as caught:
+                error = caught
+        agree(error, accelerator, f"writing the results of {folder}")
+    summary = gather_objects(summary, accelerator)[0]
     say(table(summary["values"], column, metric) + f"in {out}")
     return summary
 

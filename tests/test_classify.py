@@ -1,4 +1,4 @@
-"""Classification as a user starts it: every protocol, resume, sweeps, evaluation and errors, on the bundled digits."""
+"""Classification as a user starts it: every protocol, resume, evaluation and errors, on the bundled digits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from hf_mae.recipes.base import Augment, Data, Recipe, from_dict
 from hf_mae.recipes.classification import ClassifierEvals, ClassifierRecipe, check_classifier
 from hf_mae.recipes.evaluation import EVALUATIONS
 from hf_mae.recipes.transfer import FINETUNE, PROBE
-from hf_mae.sweep import read_result, sweep_partial, sweep_seeds, table
 
 CLOCK = {"images_per_second", "eval_images_per_second", "seconds_waiting_for_data", "waiting_share"}
 
@@ -362,32 +361,6 @@ def test_tables_9_to_12_are_as_the_paper_has_them():
         90,
     )
     assert "86.8" in FINETUNE["finetune-vit-h-448-inat2018"].expected
-
-
-def test_sweep_partial_writes_table_and_plot_and_is_cheap_to_repeat(recipe, tmp_path):
-    one = replace(recipe, out=str(tmp_path / "sweep"), max_steps=4, eval_every=0)
-    summary = sweep_partial(one, blocks=(0, 0.5, 2, 6), seeds=2)
-    assert list(summary["values"]) == ["0", "0.5", "2"]  # the encoder has two blocks
-    assert [len(v["runs"]) for v in summary["values"].values()] == [2, 2, 2]
-    assert (tmp_path / "sweep" / "partial.png").stat().st_size > 5000
-    written = (tmp_path / "sweep" / "table.md").read_text()
-    assert written.count("\n") == 5
-    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == summary
-    assert sweep_partial(one, blocks=(0, 0.5, 2, 6), seeds=2) == summary
-
-
-def test_sweep_seeds_gives_mean_deviation_and_histogram(recipe, tmp_path):
-    summary = sweep_seeds(replace(recipe, out=str(tmp_path / "seeds"), max_steps=4), n=3)
-    found = [run["last"] for run in summary["values"]["all"]["runs"]]
-    assert summary["values"]["all"]["mean"] == pytest.approx(np.mean(found))
-    assert summary["values"]["all"]["sd"] == pytest.approx(np.std(found, ddof=1))
-    assert [read_result(tmp_path / "seeds" / f"seed_{s}", "top1")["last"] for s in range(3)] == found
-    assert (tmp_path / "seeds" / "seeds.png").stat().st_size > 5000
-
-
-def test_one_run_has_no_deviation():
-    values = {"1": {"mean": 0.5, "sd": None, "min": 0.5, "max": 0.5, "runs": [{}]}}
-    assert "not measured" in table(values, "trainable blocks", "top1")
 
 
 def test_evaluate_finds_the_numbers_of_training(recipe, tmp_path, capsys):

@@ -78,14 +78,18 @@ class ImageTask(nn.Module):
     def processor(self) -> dict[str, Any]:
         """Return the evaluation transform as transformers' BitImageProcessor states it: every field, nothing implied.
 
-        Resize the short side to 256/224 of the crop (bicubic), centre crop, scale to [0, 1], normalise.
+        Resize the short side to 256/224 of the crop, or to the crop itself above 224 pixels (bicubic), centre crop,
+        scale to [0, 1], normalise. One exception it cannot state: our evaluation takes a picture of exactly the crop's
+        size as it is, unresized.
+        Source: official `build_transform`, crop_pct 224/256 up to 224 pixels and 1.0 above.
         """
         height, width = height_width(self.config.image_size)
+        side = max(height, width)
         return {
             "image_processor_type": "BitImageProcessor",
             "do_convert_rgb": self.config.num_channels == 3,
             "do_resize": True,
-            "size": {"shortest_edge": int(max(height, width) * 256 / 224)},
+            "size": {"shortest_edge": side if side > 224 else int(side * 256 / 224)},
             "resample": 3,
             "do_center_crop": True,
             "crop_size": {"height": height, "width": width},
@@ -200,6 +204,6 @@ class Classification(ImageTask):
 
         The entropy of the mean target: mixing changes no mean, and smoothing is part of it.
         """
-        lam = torch.ones(len(labels))
-        mean = mix_targets(labels.cpu(), lam, self.num_classes, self.label_smoothing).double().mean(0)
+        counts = torch.bincount(labels.cpu(), minlength=self.num_classes).double()
+        mean = counts / len(labels) * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes  # [classes]
         return float(torch.special.entr(mean).sum())

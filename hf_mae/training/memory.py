@@ -6,13 +6,18 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_mae.training.distributed import gather_objects
 
@@ -61,9 +66,10 @@ def largest_micro_batch(
     """Return the largest divisor of `share` whose forward and backward pass fits into memory, the same on all ranks.
 
     Memory is measured with one, two and four images and grows in a straight line from there, so nothing is provoked to
-    fail, which would leave the other ranks of a sharded model waiting. On a GPU its peak counts, on a CPU what autograd
-    saves for the backward pass. Gradients are dropped again and no random numbers are drawn. A collective: call it on
-    all ranks.
+    fail, which would leave the other ranks of a sharded model waiting. On a GPU its peak counts; on a CPU what autograd
+    saves for the backward pass or what is alive at once in the forward pass, whichever is more: a frozen encoder saves
+    nothing and still needs room. Gradients are dropped again and torch's random state is put back. A collective: call
+    it on all ranks.
 
     Args:
         task: as prepared, but without the wrapper of DDP.
@@ -85,7 +91,8 @@ def largest_micro_batch(
     for layer in layers:
         layer.eval()
     # As written, not compiled: each size would be a graph of its own.
-    with torch.compiler.set_stance("force_eager"):
+    devices = [device] if device.type == "cuda" else []
+    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
         needs = [_measure(task, sample(n), accelerator) for n in (1, *sizes)][1:]  # the first fills caches
     for layer in layers:
         layer.train()
@@ -112,7 +119,8 @@ def _local(task: nn.Module) -> list[Tensor]:
 def _measure(task: nn.Module, batch: dict[str, Tensor], accelerator: Accelerator) -> float:
     """Return the bytes that a forward and a backward pass hold at most, without gradients that were there before.
 
-    On a GPU its peak, with all that was held already; on a CPU what is saved for the backward pass.
+    On a GPU its peak, with all that was held already; on a CPU what is saved for the backward pass, or what the
+    operations of the forward pass hold at once if that is more.
     """
     device = accelerator.device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -125,7 +133,12 @@ def _measure(task: nn.Module, batch: dict[str, Tensor], accelerator: Accelerator
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), accelerator.autocast():
+    alive = Alive()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        accelerator.autocast(),
+        alive if device.type == "cpu" else nullcontext(),
+    ):
         loss = task(batch)["loss"]
     loss.backward()
     task.zero_grad(set_to_none=True)
@@ -133,7 +146,32 @@ def _measure(task: nn.Module, batch: dict[str, Tensor], accelerator: Accelerator
         return float(torch.cuda.max_memory_allocated(device))
     for parameter in _local(task):
         seen.pop(parameter.untyped_storage().data_ptr(), None)
-    return float(sum(seen.values()))
+    return float(max(sum(seen.values()), alive.most))
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make and that are alive at once.
+
+    Attributes:
+        most: bytes at the fullest moment. What an operation needs inside of itself is not in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self.sizes: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and take note of its results."""
+        result = func(*args, **(kwargs or {}))
+        self.sizes = {key: entry for key, entry in self.sizes.items() if not entry[0].expired()}
+        known = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(result):
+            # A view, or a result written into an argument, is no new memory.
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in known:
+                self.sizes[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, sum(size for _, size in self.sizes.values()))
+        return result
 
 
 def _budget(device: torch.device) -> float:

@@ -8,12 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from hf_mae import MAEConfig
+from hf_mae.data.images import resize_to_cover
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.recipes.classification import ClassifierOptim
-from hf_mae.training.memory import largest_micro_batch
+from hf_mae.training import memory
+from hf_mae.training.memory import Alive, largest_micro_batch
 from hf_mae.training.optim import build_optimizer
 from hf_mae.training.statistics import RunningStatistics
 from hf_mae.training.tasks import Classification
@@ -156,6 +159,28 @@ def test_the_trivial_loss_is_that_of_guessing_by_frequency(goldens):
     assert even.trivial_loss(torch.arange(10)) == pytest.approx(math.log(10), abs=1e-6)
 
 
+def test_the_trivial_loss_of_many_images_and_classes_needs_little_memory(goldens):
+    """A row of targets per image would be 20 GB on ImageNet."""
+    task = official_task(goldens, "gap", label_smoothing=0.1)
+    task.num_classes, labels = 1000, torch.arange(20_000) % 10
+    with Alive() as alive:
+        loss = task.trivial_loss(labels)
+    often, seldom = 0.9 / 10 + 0.1 / 1000, 0.1 / 1000
+    assert loss == pytest.approx(-10 * often * math.log(often) - 990 * seldom * math.log(seldom))
+    assert alive.most < 1e6
+
+
+@pytest.mark.parametrize(("side", "resized"), [(32, 36), (224, 256), (288, 288), (384, 384)])
+def test_the_processor_states_the_rule_that_evaluation_follows(goldens, side, resized):
+    """Above 224 pixels the crop is the whole short side (official crop_pct 1.0)."""
+    task = official_task(goldens, "gap")
+    task.config.image_size = side
+    stated = task.processor()
+    assert stated["size"] == {"shortest_edge": resized}
+    picture = Image.new("RGB", (500, 600))
+    assert min(resize_to_cover(picture, (side, side)).size) == resized
+
+
 def test_the_model_folder_is_a_hugging_face_folder(classifier):
     classifier.train()
     folder = classifier.checkpoints()[-1] / "model"
@@ -257,3 +282,28 @@ def test_measuring_memory_leaves_running_statistics_alone(probe):
     assert largest_micro_batch(task, sample, 8, probe.make_accelerator()) == 8
     assert all(torch.equal(v, before[k]) for k, v in task.state_dict().items())
     assert all(module.training for module in task.modules())
+
+
+def measured(run, share, monkeypatch, budget):
+    monkeypatch.setattr(memory, "_budget", lambda device: budget)
+    task, _ = run.build()
+
+    def sample(n):
+        return {"pixel_values": torch.zeros(n, 3, 16, 16, dtype=torch.uint8), "labels": torch.zeros(n).long()}
+
+    return largest_micro_batch(task, sample, share, run.make_accelerator())
+
+
+def test_a_frozen_encoder_needs_memory_though_it_saves_nothing(probe, monkeypatch):
+    """What is alive at once in a block is 17 tokens of 4 x 32 floats, twice, at the least: 17 kB an image."""
+    assert measured(probe, 2**14, monkeypatch, 17e6) <= 1024
+
+
+def test_measuring_memory_draws_no_random_numbers_that_are_missed(fine_tuning, monkeypatch):
+    """Drop path without draws in the batch takes them from torch."""
+    torch.manual_seed(7)
+    fine_tuning.build()
+    before = torch.get_rng_state()
+    torch.manual_seed(7)
+    assert measured(fine_tuning, 8, monkeypatch, 1e9) == 8
+    assert torch.equal(torch.get_rng_state(), before)

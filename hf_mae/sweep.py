@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_mae.classify import classify
+from hf_mae.data.augment import check_augment
+from hf_mae.data.sources import list_splits, open_source
 from hf_mae.evaluation.charts import draw_partial, draw_seeds
 from hf_mae.models.configuration_mae import MAEConfig
 from hf_mae.models.convert import load_official_checkpoint
 from hf_mae.pretrain import pretrain
-from hf_mae.recipes.base import Recipe
-from hf_mae.recipes.classification import ClassifierRecipe
+from hf_mae.recipes.base import Recipe, check
+from hf_mae.recipes.classification import ClassifierRecipe, check_classifier
 from hf_mae.run import model_folder
 from hf_mae.training.checkpoint import write_atomic
 from hf_mae.training.distributed import agree, gather_objects, make_accelerator
@@ -29,6 +31,7 @@ from hf_mae.training.monitors import Printer, read_rows
 
 # He et al. 2022, Fig. 9 (ViT-L, top-1 % on ImageNet by trainable blocks; read from the plot's labels; 0.5 in the text).
 FIG_9 = {0: 73.5, 0.5: 79.1, 1: 81.0, 2: 83.1, 4: 84.2, 6: 84.4, 12: 84.6, 18: 84.7, 24: 84.9}
+FIG_9_ENCODER = (24, 1024)  # blocks and width of ViT-L
 BLOCKS = (0, 0.5, 1, 2, 4, 6, 12, 18, 24)
 """Trainable blocks of Fig. 9."""
 
@@ -46,15 +49,19 @@ def sweep_partial(
 
     Returns:
         What is written to `sweep.json`: `{"metric", "values": {K: {"mean", "sd", "min", "max", "runs"}}}`. `table.md`
-        and `partial.png` are written beside it.
+        and `partial.png` are written beside it; a ViT-L is drawn with the numbers of the paper.
 
     Raises:
-        ValueError: as of `classify`, before the first run where the recipe shows it.
+        ValueError: as of `classify`; for all runs before the first, where the recipe or the splits show it.
     """
     if not recipe.init_from:
         raise ValueError("init_from is empty: a partial fine-tuning needs a pretrained encoder; add --init-from")
-    depth = _depth(recipe)
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds} makes no run; use at least 1")
+    depth, width = _encoder_size(recipe)
     chosen = [k for k in blocks if k <= depth]
+    if not chosen:
+        raise ValueError(f"blocks={tuple(blocks)} are all beyond the {depth} blocks of the encoder; name smaller ones")
     out = Path(recipe.out or f"runs/{recipe.name}-partial")
     runs = {
         (_number(k), seed): replace(
@@ -67,9 +74,12 @@ def sweep_partial(
         for k in chosen
     }
 
+    published = {"He et al. 2022, Fig. 9 (ViT-L, ImageNet-1k)": [(k, percent / 100) for k, percent in FIG_9.items()]}
+    reference = published if (depth, width) == FIG_9_ENCODER else None
+
     def draw(values: Mapping[str, Mapping[str, Any]]) -> None:
         points = [(float(k), v["mean"], v["sd"]) for k, v in values.items()]
-        draw_partial({recipe.name: sorted(points)}, out / "partial.png", depth=depth)
+        draw_partial({recipe.name: sorted(points)}, out / "partial.png", depth=depth, reference=reference)
 
     return _sweep(recipe, runs, out, "trainable blocks", draw, classify, say)
 
@@ -89,7 +99,8 @@ def sweep_seeds(
         As `sweep_partial`, with one value, `all`. A histogram is drawn to `seeds.png`.
 
     Raises:
-        ValueError: fewer than two seeds, or as of `classify` and `pretrain`.
+        ValueError: fewer than two seeds, or as of `classify` and `pretrain`; for all runs before the first, where the
+            recipe, the splits or their labels show it.
     """
     if n < 2:
         raise ValueError(f"n={n} seeds have no deviation; use at least 2")
@@ -125,6 +136,9 @@ def _sweep(
     train: Callable[[Any], Path],
     say: Printer | None,
 ) -> dict[str, Any]:
+    for one in runs.values():
+        _check(one)
+    _check_measured(recipe)
     metric, accelerator = metric_of(recipe), make_accelerator(recipe.engine)
     say = say or Printer(accelerator.is_main_process)
     found: dict[str, list[dict[str, Any]]] = {}
@@ -146,6 +160,36 @@ def _sweep(
     summary = gather_objects(summary, accelerator)[0]
     say(table(summary["values"], column, metric) + f"in {out}")
     return summary
+
+
+def _check(recipe: Recipe) -> None:
+    if isinstance(recipe, ClassifierRecipe):
+        check_classifier(recipe)
+    else:
+        check(recipe)
+    check_augment(recipe.augment)
+
+
+def _check_measured(recipe: Recipe) -> None:
+    """Refuse runs that would be trained to their end and then lack the number that is compared."""
+    metric, split, classifies = metric_of(recipe), recipe.evals.split, isinstance(recipe, ClassifierRecipe)
+    if not classifies and not recipe.evals.knn:
+        raise ValueError(f"evals.knn=False measures no {metric}, which a sweep compares; add --evals.knn")
+    if split is None:
+        split = next((s for s in ("test", "validation", "val") if s in list_splits(recipe.data)), None)
+    if split is None:
+        raise ValueError(
+            f"{recipe.data.path}: no validation or test split was found, and a sweep compares {metric}; name one with "
+            "--evals.split"
+        )
+    if classifies:
+        return  # which refuses missing labels itself, before training
+    for source in (open_source(recipe.data), open_source(recipe.data, split=split, field="evals.split")):
+        if not source.has_labels:
+            raise ValueError(
+                f"{source.where}: has no labels, and a sweep compares {metric}; name labelled splits "
+                "(--data.split, --evals.split), or --data.label-column"
+            )
 
 
 def read_result(folder: Path, metric: str) -> dict[str, Any]:
@@ -188,9 +232,12 @@ def _number(k: float) -> str:
     return f"{k:g}"
 
 
-def _depth(recipe: ClassifierRecipe) -> int:
+def _encoder_size(recipe: ClassifierRecipe) -> tuple[int, int]:
+    """Return blocks and width of the encoder of `init_from`."""
     name = model_folder(recipe.init_from, field="init_from")
     if Path(name).is_file():
         weights = load_official_checkpoint(name).state_dict
-        return 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
-    return MAEConfig.from_pretrained(name).num_hidden_layers
+        depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+        return depth, weights["cls_token"].shape[-1]
+    config = MAEConfig.from_pretrained(name)
+    return config.num_hidden_layers, config.hidden_size

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from hf_mae import MAEConfig, MAEForPreTraining
+from hf_mae import MAEConfig, MAEForPreTraining, sweep
+from hf_mae.recipes.base import Data
 from hf_mae.recipes.classification import ClassifierEvals
+from hf_mae.recipes.mae import QUICKSTART
 from hf_mae.recipes.transfer import FINETUNE
 from hf_mae.sweep import read_result, sweep_partial, sweep_seeds, table
 
@@ -76,6 +79,62 @@ def test_sweep_seeds_gives_mean_deviation_and_histogram(recipe, tmp_path):
 def test_one_run_has_no_deviation():
     values = {"1": {"mean": 0.5, "sd": None, "min": 0.5, "max": 0.5, "runs": [{}]}}
     assert "not measured" in table(values, "trainable blocks", "top1")
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    """Two splits of images in no class."""
+    for split in ("train", "test"):
+        (tmp_path / "unlabelled" / split).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / "unlabelled" / split / f"{i}.png")
+    return tmp_path / "unlabelled"
+
+
+@pytest.fixture
+def never(monkeypatch):
+    """A run that begins is too late for a mistake."""
+
+    def begin(recipe):
+        pytest.fail(f"{recipe.out} was begun")
+
+    monkeypatch.setattr(sweep, "classify", begin)
+    monkeypatch.setattr(sweep, "pretrain", begin)
+
+
+def test_partial_finds_mistakes_before_the_first_run(recipe, unlabelled, never):
+    with pytest.raises(ValueError, match=r"trainable_blocks=1.5 must be 0, 0.5"):
+        sweep_partial(recipe, blocks=(0, 1.5))
+    with pytest.raises(ValueError, match="all beyond the 2 blocks of the encoder"):
+        sweep_partial(recipe, blocks=(3, 6))
+    with pytest.raises(ValueError, match="seeds=0 makes no run"):
+        sweep_partial(recipe, seeds=0)
+    untested = replace(recipe, data=Data(path=str(unlabelled / "train")), evals=ClassifierEvals())
+    with pytest.raises(ValueError, match="no validation or test split was found, and a sweep compares top1"):
+        sweep_partial(untested, blocks=(0,))
+
+
+def test_seeds_of_pretraining_need_a_number_to_compare(unlabelled, never):
+    with pytest.raises(ValueError, match=r"evals.knn=False measures no knn_accuracy"):
+        sweep_seeds(replace(QUICKSTART, evals=replace(QUICKSTART.evals, knn=False)))
+    with pytest.raises(ValueError, match="has no labels, and a sweep compares knn_accuracy"):
+        sweep_seeds(replace(QUICKSTART, data=Data(path=str(unlabelled))))
+
+
+@pytest.mark.parametrize(("depth", "width", "drawn"), [(24, 1024, True), (24, 768, False), (2, 16, False)])
+def test_the_numbers_of_the_paper_are_drawn_for_its_encoder_alone(recipe, monkeypatch, tmp_path, depth, width, drawn):
+    monkeypatch.setattr(sweep, "_encoder_size", lambda _: (depth, width))
+    monkeypatch.setattr(sweep, "classify", lambda one: Path(one.out))
+    monkeypatch.setattr(sweep, "read_result", lambda folder, metric: {"last": 0.5})
+    references = []
+    monkeypatch.setattr(sweep, "draw_partial", lambda *_, reference, **__: references.append(reference))
+    (tmp_path / "run").mkdir()
+    sweep_partial(recipe, blocks=(0, 1))
+    assert [reference is not None for reference in references] == [drawn, drawn]
+    if drawn:
+        ((name, points),) = references[0].items()
+        assert "Fig. 9" in name
+        assert points[1] == pytest.approx((0.5, 0.791))
 
 
 @pytest.mark.multiprocess

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from hf_mae.data.whole import WholeSplit
 from hf_mae.evaluation.classification import ClassificationQuality, evaluate_real
 from hf_mae.evaluation.report import Drawing
 from hf_mae.models.configuration_mae import MAEConfig, height_width
+from hf_mae.models.convert import load_official_checkpoint
 from hf_mae.models.modeling_classification import MAEForImageClassification
-from hf_mae.recipes.base import Data
+from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Data
 from hf_mae.recipes.evaluation import Evaluation
 from hf_mae.run import model_folder, progress
 from hf_mae.training.checkpoint import write_atomic
@@ -54,14 +56,10 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     accelerator = make_accelerator(recipe.engine)
     say = Printer(accelerator.is_main_process)
     name = model_folder(recipe.model, field="model")
-    model = _load(name)
+    model, mean, std = _load_official(name, say) if Path(name).is_file() else _load(name)
     if recipe.image_size is not None:
         model.resize_positions(recipe.image_size)
-    try:
-        processor = AutoImageProcessor.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"model={name} has no preprocessor_config.json, so its mean and std are not known") from error
-    task = Classification(model, processor.image_mean, processor.image_std).to(accelerator.device).eval()
+    task = Classification(model, mean, std).to(accelerator.device).eval()
     say(f"hf_mae: evaluating {name} on {recipe.name}, {describe_world(accelerator)}")
     out = Path(recipe.out or f"runs/evaluate-{recipe.name}")
     error = None
@@ -86,14 +84,41 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     return numbers
 
 
-def _load(name: Path | str) -> MAEForImageClassification:
+Loaded = tuple[MAEForImageClassification, Sequence[float], Sequence[float]]
+"""A classifier, and the mean and std of its images."""
+
+
+def _load(name: Path | str) -> Loaded:
     config = MAEConfig.from_pretrained(name)
     if MAEForImageClassification.__name__ not in (config.architectures or []):
+        raise _no_classifier(name, ", ".join(config.architectures or ["something else"]))
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"model={name} has no preprocessor_config.json, so its mean and std are not known") from error
+    return MAEForImageClassification.from_pretrained(name), processor.image_mean, processor.image_std
+
+
+def _load_official(path: Path | str, say: Printer) -> Loaded:
+    """Load a `.pth` file of the official fine-tuning or linear probe, which names neither classes nor mean and std."""
+    weights = load_official_checkpoint(path).state_dict
+    head = next((weights[key] for key in ("head.weight", "head.1.weight") if key in weights), None)
+    if head is None:
+        raise _no_classifier(path, "an encoder without a head")
+    model = MAEForImageClassification.from_official(path, id2label={i: str(i) for i in range(len(head))})
+    if model.config.num_channels != len(IMAGENET_MEAN):
         raise ValueError(
-            f"model={name} is no classifier (it holds {', '.join(config.architectures or ['something else'])}); train "
-            f"one first: hf-mae finetune --init-from {name}"
+            f"model={path} takes {model.config.num_channels} channel(s), and the file does not say their mean and std; "
+            "save it as a model folder with a preprocessor_config.json"
         )
-    return MAEForImageClassification.from_pretrained(name)
+    say(f"{path} names no classes, so they are numbers, and no mean and std: ImageNet's, as in the official code")
+    return model, IMAGENET_MEAN, IMAGENET_STD
+
+
+def _no_classifier(name: Path | str, what: str) -> ValueError:
+    return ValueError(
+        f"model={name} is no classifier (it holds {what}); train one first: hf-mae finetune --init-from {name}"
+    )
 
 
 class _One:
@@ -148,8 +173,8 @@ class _One:
             quality = ClassificationQuality(
                 batches, self.names, accelerator, every=0, out=out, keep=keep, align=classes, draw=draw
             )
-            quality.due(0, 0)
             numbers = {**quality(self.task, 0), "examples": quality.latest["weights"].examples}
+            quality.finish(self.task, 0)
         bad = [row for rank in gather_objects(split.bad, accelerator) for row in rank]
         if bad:
             self.say(f"warning: {len(bad)} images cannot be decoded and are left out, the first: {bad[0]}")

@@ -20,12 +20,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
+from transformers.utils.hub import cached_file
 
 from hf_mae.data.loader import Loader, check_state, loader_state, steps_per_epoch
 from hf_mae.data.order import Order, choose_lanes_and_window
 from hf_mae.data.sources import Source, open_source
 from hf_mae.data.stream import images_per_epoch
 from hf_mae.recipes.base import Recipe, choose_micro_batch, to_dict
+from hf_mae.training.best import bring_best
 from hf_mae.training.checkpoint import (
     TrainState,
     list_checkpoints,
@@ -192,12 +194,13 @@ def _run(training: Training[Any], out: Path, accelerator: Accelerator, say: Prin
         restore_rank(loaded.rank_states, window, accelerator)
         if state.scaler is not None and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state.scaler)
+        bring_best(out / "best", resume_from, state, accelerator)
         say(f"resuming at step {state.step} of {plan.total_steps} from {resume_from} ({clock.lap():.1f} s)")
     require_same_on_all_ranks({"recipe": to_dict(recipe), "data": data_state, "step": state.step}, accelerator)
     share, auto = recipe.global_batch // world, recipe.micro_batch == "auto"
     measured = last_micro_batch(out, share, accelerator) if auto and state.step else None
     micro_batch = choose_micro_batch(recipe, world, measured=measured)
-    if state.step >= plan.total_steps or state.stopped_early:
+    if state.stopped_early or (state.step >= plan.total_steps and not state.owes_evaluation):
         record_start(out, recipe, accelerator, state, data_state, micro_batch, say)
         early = "early, as it got no better, " if state.stopped_early else ""
         say(f"this run is finished ({early}after {state.step} updates); nothing to do. Another --out starts anew")
@@ -250,6 +253,7 @@ def _run(training: Training[Any], out: Path, accelerator: Accelerator, say: Prin
             is_main=accelerator.is_main_process,
             name=recipe.name,
             baseline=training.baseline,
+            owes_evaluation=state.owes_evaluation,
         ) as monitor,
         _batches(training, source, order, state.step, plan, length, accelerator) as batches,
         StopSignal(world) as stop,
@@ -346,7 +350,8 @@ def model_folder(name: str, *, field: str) -> Path | str:
     """Return where the weights of a model are: a run folder's newest checkpoint, a folder, a .pth file or a Hub id.
 
     Raises:
-        ValueError: a run folder without a whole checkpoint, or a path that does not exist.
+        ValueError: a run folder without a whole checkpoint, a path that does not exist, or a Hub id that cannot be
+            opened.
     """
     path = Path(name).expanduser()
     if (path / "checkpoints").is_dir():
@@ -367,6 +372,14 @@ def model_folder(name: str, *, field: str) -> Path | str:
             f"{field}={name} does not exist; name a run folder, a model folder, an official .pth file or a Hub id "
             f"(ORG/NAME){first}"
         )
+    try:
+        cached_file(name, "config.json")
+    except OSError as error:
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{field}={name} is no path on this machine and cannot be opened as a Hub id ({why}); check the spelling "
+            "and the network, and log in with `hf auth login` if it is private"
+        ) from error
     return name
 
 

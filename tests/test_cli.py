@@ -67,6 +67,22 @@ def test_mistakes_end_with_one_sentence(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["evaluate", "own", "--model", "no-such/model"], "model"),
+        (["finetune", "finetune-digits", "--init-from", "no-such/model"], "init_from"),
+        (["sweep", "partial", "finetune-digits", "--init-from", "no-such/model"], "init_from"),
+    ],
+)
+def test_a_misspelt_hub_id_ends_with_one_sentence(arguments, field, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--data.path", "digits", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{field}=no-such/model is no path on this machine and cannot be opened as a Hub id" in said
+
+
+@pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["pretrain", "--list"], ["plan", "--list"], ["plan"], ["plan", "--check"]]
 )
 def test_the_command_answers_without_torch(arguments):

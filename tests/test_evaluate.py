@@ -153,6 +153,45 @@ def test_a_model_of_other_classes_is_refused(model, tmp_path):
         ask("imagenet-v2", tmp_path / "small", tmp_path, tmp_path)
 
 
+@pytest.fixture
+def official(tmp_path):
+    """A file as the official fine-tuning writes it: two classes, ViT-Ti wide, one block."""
+    torch.manual_seed(0)
+    config = MAEConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=192,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        pos_embed="learned",
+        num_labels=2,
+        head_init_std=1.0,
+    )
+    weights = MAEForImageClassification(config).state_dict()
+    torch.save({"model": weights, "epoch": 99}, tmp_path / "finetuned.pth")
+    torch.save({"model": {k: v for k, v in weights.items() if not k.startswith("head")}}, tmp_path / "encoder.pth")
+    return tmp_path / "finetuned.pth"
+
+
+def test_an_official_file_is_evaluated_with_the_mean_and_std_of_imagenet(official, tmp_path, capsys):
+    for name in ("0", "1"):
+        for value in range(5):
+            write(tmp_path / "data" / name, value + 5 * int(name))
+    found = ask("own", official, tmp_path, tmp_path / "data")
+    assert "mean and std: ImageNet's" in capsys.readouterr().err
+    made, right = MAEForImageClassification.from_official(official).eval(), 0
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for file in (tmp_path / "data").rglob("*.png"):
+        pixels = torch.from_numpy(np.asarray(Image.open(file).convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
+        right += int(made((pixels - mean) / std).logits.argmax()) == int(file.parent.name)
+    assert found["top1"] == right / 10
+
+
+def test_an_official_file_without_a_head_is_no_classifier(official, tmp_path):
+    with pytest.raises(ValueError, match=r"encoder.pth is no classifier .* hf-mae finetune --init-from"):
+        ask("own", tmp_path / "encoder.pth", tmp_path, tmp_path)
+
+
 def test_another_size_resizes_the_positions(model, tmp_path):
     write(tmp_path / "data" / TENCH, 1)
     write(tmp_path / "data" / HEN, 2)

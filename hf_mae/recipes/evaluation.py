@@ -18,7 +18,8 @@ class Evaluation:
     expected: str
     """What the paper reports, or "not published"."""
     model: str = ""
-    """The classifier: a run folder (its newest checkpoint), a model folder (RUN/best/model), or a Hub id."""
+    """The classifier: a run folder (its newest checkpoint), a model folder (RUN/best/model), a Hub id, or a .pth file of
+    the official code."""
     out: str = ""
     """Where the numbers and pictures are written; empty is runs/evaluate-NAME."""
     classes: Literal["names", "imagenet", "imagenet-a", "imagenet-r"] = "names"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -270,11 +271,11 @@ class ClassificationQuality:
         at_start: evaluate before the first update too.
         average: has `swapped()`, under which the weights are their moving average; those are evaluated as well, in a
             pass of their own.
-        out: run folder; the last evaluation writes evaluation.json there.
+        out: run folder; `finish` writes evaluation.json there.
         keep: the logits of these classes alone compete (ImageNet-A and -R have 200 of the 1,000).
         align: model class of each class of the data; None where they are the same.
-        draw: called as draw(results, task) after the last evaluation, on all ranks, with the better of weights and
-            average in the task.
+        draw: called as draw(results, task) by `finish`, on all ranks, with the better of weights and average in the
+            task.
     """
 
     def __init__(
@@ -292,7 +293,7 @@ class ClassificationQuality:
         draw: Callable[[ClassResults, nn.Module], None] | None = None,
     ):
         self.batches, self.accelerator, self.every, self.at_start = batches, accelerator, every, at_start
-        self.average, self.out, self.draw, self.total = average, out, draw, 0
+        self.average, self.out, self.draw = average, out, draw
         device = accelerator.device
         self.keep = None if keep is None else torch.tensor(list(keep), device=device)
         self.names = list(names) if keep is None else [names[i] for i in keep]
@@ -302,7 +303,6 @@ class ClassificationQuality:
 
     def due(self, step: int, total: int) -> bool:
         """Return whether to run after update `step`."""
-        self.total = total
         return self.at_start if step == 0 else step == total or (self.every > 0 and step % self.every == 0)
 
     def __call__(self, task: nn.Module, step: int) -> dict[str, float]:
@@ -317,8 +317,6 @@ class ClassificationQuality:
             with self.average.swapped():
                 self.latest["ema"] = self.measure(task)
             numbers |= {f"ema_{name}": value for name, value in self.latest["ema"].numbers().items()}
-        if step == self.total:
-            self._finish(task, step)
         return numbers
 
     @torch.no_grad()
@@ -337,13 +335,27 @@ class ClassificationQuality:
             counts.add(logits if self.keep is None else logits[:, self.keep], labels, moved["rows"])
         return counts.reduce(self.accelerator)
 
-    def _finish(self, task: nn.Module, step: int) -> None:
+    @torch.no_grad()
+    def finish(self, task: nn.Module, step: int) -> None:
+        """Write and draw the newest results; nothing if there are none. A collective: call it on all ranks.
+
+        Warns:
+            RuntimeWarning: something could not be written or drawn: the numbers are there, and no picture ends a run.
+        """
+        if not self.latest:
+            return
         if self.out is not None and self.accelerator.is_main_process:
-            write_evaluation(self.out / "evaluation.json", self.latest, self.names, step)
+            try:
+                write_evaluation(self.out / "evaluation.json", self.latest, self.names, step)
+            except OSError as error:
+                warnings.warn(f"{self.out / 'evaluation.json'} was not written: {error}", RuntimeWarning, stacklevel=2)
         if self.draw is not None:
             best = max(self.latest, key=lambda kind: self.latest[kind].top1)  # a short run's average may lag behind
             with self.average.swapped() if best == "ema" else nullcontext():
-                self.draw(self.latest[best], self.accelerator.unwrap_model(task))
+                try:
+                    self.draw(self.latest[best], self.accelerator.unwrap_model(task))
+                except (OSError, ValueError, RuntimeError, MemoryError) as error:
+                    warnings.warn(f"not all pictures were drawn: {error}", RuntimeWarning, stacklevel=2)
 
 
 def write_evaluation(path: Path, results: Mapping[str, ClassResults], names: Sequence[str], step: int) -> None:

@@ -184,6 +184,9 @@ class FeatureQuality:
                 numbers["probe_accuracy"] = probe_accuracy(*labelled)
         return numbers
 
+    def finish(self, task: nn.Module, step: int) -> None:
+        """Nothing is made once."""
+
 
 class FrozenFeatures:
     """Evaluator: nearest neighbours and a logistic probe on the encoder's features, before the first update.
@@ -231,3 +234,6 @@ class FrozenFeatures:
         shared = [numbers]
         broadcast_object_list(shared)
         return shared[0]
+
+    def finish(self, task: nn.Module, step: int) -> None:
+        """Nothing is made once."""

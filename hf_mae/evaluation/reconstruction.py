@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,13 +161,23 @@ class Pictures:
         return step == 0 or step == total or (self.every > 0 and step % self.every == 0)
 
     def __call__(self, task: nn.Module, step: int) -> dict[str, float]:
-        """Draw. Every rank computes (sharded weights need all of them); the main process writes."""
+        """Draw. Every rank computes (sharded weights need all of them); the main process writes.
+
+        Warns:
+            RuntimeWarning: the picture could not be written; no picture ends a run.
+        """
         inner = self.accelerator.unwrap_model(task)
         noise = self.noise.to(self.accelerator.device)
         grid = reconstruct(inner.model, self.images, noise=noise, mean=self.mean, std=self.std, forward=inner.predict)
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f".step_{step:08d}.png"
-            grid.grid(partial)
-            partial.replace(self.folder / f"step_{step:08d}.png")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                partial = self.folder / f".step_{step:08d}.png"
+                grid.grid(partial)
+                partial.replace(self.folder / f"step_{step:08d}.png")
+            except OSError as error:
+                warnings.warn(f"no picture was drawn in {self.folder}: {error}", RuntimeWarning, stacklevel=2)
         return {}
+
+    def finish(self, task: nn.Module, step: int) -> None:
+        """Nothing is made once."""

@@ -62,7 +62,7 @@ class TrainState:
     scaler: dict[str, Any] | None = None
     """State of the fp16 gradient scaler."""
     owes_evaluation: bool = False
-    """A signal left no time to evaluate after the last update."""
+    """The evaluation after the last update is still to come: a signal left no time, or it is the last of all."""
     best_value: float | None = None
     """The best value so far of the number that decides which model is kept."""
     best_step: int | None = None
@@ -178,7 +178,7 @@ def commit(temporary: Path, final: Path) -> None:
     for path in [*files, temporary / "manifest.json", *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         _sync(path)
     old = None
-    if final.exists():  # damaged and skipped at start, or of a run that was taken up before it
+    if final.exists():  # saved before its evaluation, damaged, or of a run that was taken up before it
         old = final.with_name(f".trash_{final.name}")
         os.rename(final, old)
     os.rename(temporary, final)
@@ -202,8 +202,18 @@ def prune(newest: Path, keep: int) -> None:
         remove(old)
 
 
+def put_back(final: Path) -> None:
+    """Undo a `commit` that was killed between its two renames: the folder it was replacing comes back."""
+    old = final.with_name(f".trash_{final.name}")
+    if old.is_dir() and not final.exists():
+        os.rename(old, final)
+
+
 def clean(folder: Path) -> None:
     """Remove what a killed run left behind: half-written and half-deleted checkpoints."""
+    for step in (p.name.removeprefix(".trash_step_") for p in folder.glob(".trash_step_*")):
+        if step.isdigit():  # those of `remove` have a process id as well
+            put_back(folder / f"step_{step}")
     for leftover in [*folder.glob(".tmp_*"), *folder.glob(".trash_*")]:
         shutil.rmtree(leftover)
 

@@ -6,7 +6,7 @@ It knows steps, a task, batches and evaluators, and no protocol by name. Read `f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -61,6 +61,10 @@ class Evaluator(Protocol):
         """Return named numbers for metrics.jsonl."""
         ...
 
+    def finish(self, task: nn.Module, step: int) -> None:
+        """Write what is made once: the run has ended after `step` updates, by itself or early, and is saved."""
+        ...
+
 
 def fit(
     task: nn.Module,
@@ -95,7 +99,8 @@ def fit(
         monitor: receives rows.
         stop: tells when a signal has reached any rank.
         save: writes a checkpoint and returns its folder. A collective.
-        evaluators: measured every so often, in this order.
+        evaluators: measured every so often, in this order. One may fail in the end: before the last evaluation the run
+            is saved, owing it, and after it again; `finish` is called after that.
         average: updated after every step.
         judge: is shown the numbers of every evaluation, keeps what it likes, and says whether to stop. A collective.
 
@@ -107,8 +112,12 @@ def fit(
     """
     per_rank = recipe.global_batch // accelerator.num_processes
     accumulation = per_rank // micro_batch
-    clock, waited, pending, saved_step = Clock(), batches.seconds_waiting, [], state.step
+    clock, waited, pending = Clock(), batches.seconds_waiting, []
     statistics = RunningStatistics(task)
+
+    def as_written() -> AbstractContextManager[Any]:
+        """Run blocks that were compiled for the step, but meet other shapes in evaluations, as they are written."""
+        return torch.compiler.set_stance("force_eager") if recipe.engine.compile else nullcontext()
 
     def evaluate() -> bool:
         """Return whether the judge wants the run to end before its last update."""
@@ -116,8 +125,7 @@ def fit(
         for evaluator in evaluators:
             if evaluator.due(state.step, plan.total_steps):
                 task.eval()
-                # Other shapes than a step's: blocks compiled for the step are run as they are written.
-                with torch.compiler.set_stance("force_eager") if recipe.engine.compile else nullcontext():
+                with as_written():
                     rows |= evaluator(task, state.step)
                 task.train()
         if rows:
@@ -125,15 +133,32 @@ def fit(
         enough = judge is not None and bool(rows) and judge(rows, state)
         return enough and state.step < plan.total_steps
 
+    def write_checkpoint() -> None:
+        monitor.sync()
+        save(state, window)
+
+    def end(outcome: Literal["finished", "early"]) -> Literal["finished", "early"]:
+        """Log the window that is still open, save, and let the evaluators finish."""
+        if state.step > 0 and not due(state.step, recipe.log_every, plan.total_steps):
+            row = {"lr": plan.lr_at(state.step - 1), "bad_samples": state.bad_samples}
+            monitor.ended(_position(state, plan) | window.means(accelerator) | row)
+        write_checkpoint()
+        task.eval()
+        with as_written():
+            for evaluator in evaluators:
+                evaluator.finish(task, state.step)
+        task.train()
+        return outcome
+
     if state.stopped_early:
         return "early"
     if state.step == 0 or state.owes_evaluation:
-        state.owes_evaluation = False
-        if evaluate():
-            state.stopped_early = True
-            monitor.sync()
-            save(state, window)
-            return "early"
+        owed, state.owes_evaluation = state.owes_evaluation, False
+        state.stopped_early = evaluate()
+        if state.stopped_early:
+            return end("early")
+        if owed and state.step >= plan.total_steps:
+            return end("finished")
     clock.lap()
     task.train()
     steps_since_log = 0
@@ -193,21 +218,23 @@ def fit(
             waited, steps_since_log = waited_now, 0
             monitor.log(row)
         pause = Clock()
+        last = state.step >= plan.total_steps
+        if last and evaluate_now:  # if it fails, that must not take the training with it
+            state.owes_evaluation = True
+            write_checkpoint()
         # When asked to stop there may be little time: save at once, and evaluate after the next start.
-        state.owes_evaluation = stopping and state.step < plan.total_steps
+        state.owes_evaluation = stopping and not last
         if not state.owes_evaluation:
             state.stopped_early = evaluate()
-        if (save_now or state.stopped_early) and state.step != saved_step:
-            monitor.sync()
-            save(state, window)
-            saved_step = state.step
-        clock.skip(pause.lap())  # evaluating and saving are not training time
-        if state.step >= plan.total_steps:
-            break
+        if last:
+            return end("finished")
         if state.stopped_early:
-            return "early"
+            return end("early")
+        if save_now:
+            write_checkpoint()
         if stopping:
             return "stopped"
+        clock.skip(pause.lap())  # evaluating and saving are not training time
     return "finished"
 
 

@@ -174,6 +174,11 @@ class Monitor:
         numbers = ", ".join(
             f"{k} {v:.4g}" for k, v in row.items() if k not in {"step", "epoch", "examples_seen", *TIMES}
         )
+    def ended(self, row: dict[str, Any]) -> None:
+        """Write what was summed up since the last training row, where a run ends before the next."""
+        self.write(row)
+        self.last = row
+
         if numbers:
             self.say(f"step {row['step']}: {numbers}")
 

@@ -224,6 +224,7 @@ def test_the_evaluator_reports_weights_and_average_and_writes_the_last(accelerat
     assert task.scale.item() == 1
     assert not list(tmp_path.iterdir())
     quality(task, 25)
+    quality.finish(task, 25)
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["step"] == 25
     assert written["classes"] == list("abcdefg")
@@ -246,6 +247,8 @@ def test_pictures_are_drawn_with_the_average_where_it_is_better(accelerator):
     )
     assert [s for s in range(26) if quality.due(s, 25)] == [25]
     quality(task, 25)
+    assert drawn == []
+    quality.finish(task, 25)
     assert drawn == [-1.0]
 
 

@@ -297,6 +297,9 @@ class Accuracy:
 
 
 @dataclass
+    def finish(self, task, step):
+        pass
+
 class ClassifierRun(ToyRun):
     """Fine-tuning by `FINE_TUNING`, or a probe where the recipe says lars."""
 

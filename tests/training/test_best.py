@@ -32,6 +32,9 @@ class Script:
         index = step // 2
         return {self.name: self.values[index] if index < len(self.values) else self.values[-1], "other": float(step)}
 
+    def finish(self, task, step):
+        pass
+
 
 def best_of(run):
     return json.loads((run.out / "best" / "best.json").read_text())

@@ -149,7 +149,7 @@ class Counting:
     """An evaluator that records the steps it ran at."""
 
     def __init__(self):
-        self.steps = []
+        self.steps, self.finished = [], []
 
     def due(self, step, total):
         return step == 0 or step % 7 == 0 or step == total
@@ -158,6 +158,9 @@ class Counting:
         assert not task.training
         self.steps.append(step)
         return {"seen": float(step)}
+
+    def finish(self, task, step):
+        self.finished.append(step)
 
 
 def test_an_evaluation_that_a_signal_left_no_time_for_is_made_up_for(toy):

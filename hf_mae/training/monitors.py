@@ -84,6 +84,7 @@ class Monitor:
     Args:
         folder: the run folder.
         step: where the run starts; rows beyond it are cut from metrics.jsonl and bad_samples.jsonl.
+        owes_evaluation: the evaluation after `step` is still to come; what a killed start has written of it is cut.
         total_steps: updates of the whole run.
         judge_from: from this update on, warn once if nothing is being learned.
         track: `none`, `tensorboard` or `trackio`.
@@ -103,6 +104,7 @@ class Monitor:
         is_main: bool,
         name: str,
         baseline: str = "the mean-patch baseline",
+        owes_evaluation: bool = False,
     ):
         self.baseline = baseline
         self.is_main, self.folder, self.total_steps, self.judge_from = is_main, folder, total_steps, judge_from
@@ -112,7 +114,11 @@ class Monitor:
         self.warned = False
         if not is_main:
             return
-        cut_rows(folder / "metrics.jsonl", lambda row: row["step"] <= step)
+        # Rows of training have a loss; those of evaluations have not.
+        cut_rows(
+            folder / "metrics.jsonl",
+            lambda row: row["step"] < step or (row["step"] == step and ("loss" in row or not owes_evaluation)),
+        )
         cut_rows(folder / "bad_samples.jsonl", lambda row: row["batch"] < step)
         self.last = next((row for row in reversed(read_rows(folder / "metrics.jsonl")) if "loss" in row), {})
         self.file = (folder / "metrics.jsonl").open("a", buffering=1)
@@ -168,17 +174,17 @@ class Monitor:
             self.warned = True
             self.say(text)
 
+    def ended(self, row: dict[str, Any]) -> None:
+        """Write what was summed up since the last training row, where a run ends before the next."""
+        self.write(row)
+        self.last = row
+
     def evaluated(self, row: dict[str, Any]) -> None:
         """Write an evaluation row and show it."""
         self.write(row)
         numbers = ", ".join(
             f"{k} {v:.4g}" for k, v in row.items() if k not in {"step", "epoch", "examples_seen", *TIMES}
         )
-    def ended(self, row: dict[str, Any]) -> None:
-        """Write what was summed up since the last training row, where a run ends before the next."""
-        self.write(row)
-        self.last = row
-
         if numbers:
             self.say(f"step {row['step']}: {numbers}")
 

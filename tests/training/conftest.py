@@ -191,6 +191,7 @@ class ToyRun:
             is_main=accelerator.is_main_process,
             name="toy",
         )
+            owes_evaluation=state.owes_evaluation,
         monitor.trivial_loss = 1.0
         stop = StopSignal(world)
         batches = self.batches or self.read(state.step, rank, world)

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from hf_mae.training.checkpoint import TrainState, commit, gather_average, gather_weights
+from hf_mae.training.checkpoint import TrainState, commit, damage, gather_average, gather_weights, put_back
 from hf_mae.training.distributed import agree, gather_objects
 from hf_mae.training.monitors import TIMES
 from hf_mae.training.optim import MovingAverage
@@ -74,8 +74,6 @@ class Best:
         value = gather_objects(numbers.get(self.metric), self.accelerator)[0]  # all ranks decide alike
         if value is None:
             return False
-        if not gather_objects((self.folder / "best.json").is_file(), self.accelerator)[0]:
-            state.best_value, state.evaluations_since_best = None, 0  # a run that goes on in another folder
         if self._is_better(value, state.best_value):
             self._write(numbers, value, state.step)
             state.best_value, state.best_step, state.evaluations_since_best = value, state.step, 0
@@ -95,10 +93,7 @@ class Best:
         error: Exception | None = None
         if self.accelerator.is_main_process:
             try:
-                temporary = self.folder.with_name(f".tmp_{self.folder.name}")
-                for leftover in (temporary, self.folder.with_name(f".trash_{self.folder.name}")):
-                    if leftover.exists():  # of a killed run
-                        shutil.rmtree(leftover)
+                temporary = _tidied(self.folder)
                 if wrong := next((k for k, v in weights.items() if not torch.isfinite(v).all()), None):
                     raise FloatingPointError(
                         f"weight {wrong} is not finite after update {step}, so the model is not kept as the best; "
@@ -119,3 +114,52 @@ class Best:
                     "command again to continue"
                 )
         agree(error, self.accelerator, f"writing {self.folder}")
+
+
+def bring_best(folder: Path, checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:
+    """Put the best model back in place where a run continues. A collective: call it on all ranks.
+
+    A run that was killed while it replaced its best model gets the former one back. A run that continues in another
+    folder takes the best model of the run it comes from along, if that is still the one its state speaks of; else the
+    next better model is the first one there. What is known about the best is left as it is.
+
+    Args:
+        folder: where the best model belongs.
+        checkpoint: that the run continues from, RUN/checkpoints/step_N.
+        state: as loaded from it.
+        accelerator: carries the ranks.
+
+    Raises:
+        RuntimeError: the model could not be copied (on every rank).
+    """
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        source = checkpoint.absolute().parent.parent / folder.name
+        try:
+            put_back(folder)
+            if not folder.exists() and state.best_step is not None and _is_of(source, state):
+                temporary = _tidied(folder)
+                shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("manifest.json"))
+                commit(temporary, folder)
+        except OSError as caught:
+            error = RuntimeError(
+                f"the best model could not be copied from {source} to {folder}: {caught}. Free some space and run the "
+                "same command again to continue"
+            )
+    agree(error, accelerator, f"copying to {folder}")
+
+
+def _is_of(best: Path, state: TrainState) -> bool:
+    if not best.is_dir() or damage(best) is not None:
+        return False
+    record = json.loads((best / "best.json").read_text())
+    return (record["step"], record["value"]) == (state.best_step, state.best_value)
+
+
+def _tidied(folder: Path) -> Path:
+    """Return the name to write a folder under before it is renamed, without what a killed run left there."""
+    temporary = folder.with_name(f".tmp_{folder.name}")
+    for leftover in (temporary, folder.with_name(f".trash_{folder.name}")):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    return temporary

@@ -18,7 +18,7 @@ from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.recipes.base import Engine, Evals, Recipe, Schedule, to_dict
 from hf_mae.recipes.classification import ClassifierAugment, ClassifierOptim, ClassifierRecipe
-from hf_mae.training.best import Best
+from hf_mae.training.best import Best, bring_best
 from hf_mae.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from hf_mae.training.loop import fit
 from hf_mae.training.mixing import MixDraws
@@ -167,6 +167,7 @@ class ToyRun:
             loaded = load_checkpoint(resume, task=task, optimizer=optimizer.optimizer, average=average)
             state = loaded.state
             window.load(loaded.rank_states[rank % len(loaded.rank_states)]["window"])
+            bring_best(self.out / "best", resume, state, accelerator)
 
         def save(current, sums):
             return save_checkpoint(
@@ -190,8 +191,8 @@ class ToyRun:
             track="none",
             is_main=accelerator.is_main_process,
             name="toy",
-        )
             owes_evaluation=state.owes_evaluation,
+        )
         monitor.trivial_loss = 1.0
         stop = StopSignal(world)
         batches = self.batches or self.read(state.step, rank, world)
@@ -296,11 +297,11 @@ class Accuracy:
         loss = torch.nn.functional.cross_entropy(logits, values["labels"])
         return {"top1": float((logits.argmax(1) == values["labels"]).float().mean()), "eval_loss": float(loss)}
 
-
-@dataclass
     def finish(self, task, step):
         pass
 
+
+@dataclass
 class ClassifierRun(ToyRun):
     """Fine-tuning by `FINE_TUNING`, or a probe where the recipe says lars."""
 

@@ -182,6 +182,9 @@ class _One:
 
     def _align(self, source: Source) -> list[int]:
         if source.label_names is None:
+            numbers = list(range(len(self.names)))
+            if self.recipe.classes == "names" and self.names == list(map(str, numbers)):
+                return numbers  # trained on labels that had no names either
             raise ValueError(
                 f"{source.where}: the labels have no names to find the model's classes by; use a folder per class, or "
                 "a data set with ClassLabel features"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -45,6 +48,12 @@ def write(folder, value):
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(value).integers(0, 255, (8, 8), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / f"{value}.png")
+
+
+def pictures(folder, count):
+    for value in range(count):
+        write(folder, value)
+    return folder
 
 
 def predictions(model, root, keep=None):
@@ -151,6 +160,31 @@ def test_a_model_of_other_classes_is_refused(model, tmp_path):
     Classification(small, (0.5,), (0.5,)).write_model(tmp_path / "small", dict(small.state_dict()))
     with pytest.raises(ValueError, match="has 2 classes and imagenet-v2 is judged on ImageNet's 1000"):
         ask("imagenet-v2", tmp_path / "small", tmp_path, tmp_path)
+
+
+def numbered(folder, labels):
+    """Parquet whose labels are integers without names."""
+    folder.mkdir()
+    images = []
+    for value in range(len(labels)):
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(value).integers(0, 255, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": images, "label": pa.array(labels, pa.int64())}), folder / "train.parquet")
+    return folder
+
+
+def test_labels_without_names_are_the_numbers_of_a_model_that_was_trained_on_such(model, tmp_path):
+    said = [made for _, made in sorted(predictions(model, pictures(tmp_path / "pictures", 6)).items())]
+    labels = [*said[:4], said[4] + 1, said[5] + 1]
+    data = numbered(tmp_path / "data", labels)
+    assert ask("own", model, tmp_path, data)["top1"] == 4 / 6
+    named = MAEForImageClassification.from_pretrained(model)
+    named.config.id2label = {i: f"thing {i}" for i in range(1000)}
+    Classification(named, (0.5,), (0.5,)).write_model(tmp_path / "named", dict(named.state_dict()))
+    with pytest.raises(ValueError, match="the labels have no names to find the model's classes by"):
+        ask("own", tmp_path / "named", tmp_path, data)
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ class _One:
     def __call__(self, data: Data, out: Path | None) -> dict[str, Any]:
         """Return the numbers of one split; write and draw them if there is an `out`."""
         recipe, accelerator = self.recipe, self.accelerator
-        source = _open(data, self.say)
+        source = _open(data, self.say, needs_labels=recipe.labels != "real")
         split = WholeSplit(
             source,
             image_size=height_width(self.task.config.image_size),
@@ -153,6 +153,7 @@ class _One:
         batches = progress(split, accelerator)
         if recipe.labels == "real":
             answers = real_labels()
+            self._check_names(split)
 
             def answers_of(row: int) -> list[int]:
                 return answers[real_key(split.file_names([row])[0])]
@@ -180,6 +181,17 @@ class _One:
             self.say(f"warning: {len(bad)} images cannot be decoded and are left out, the first: {bad[0]}")
         return numbers | {"bad_images": len(bad)}
 
+    def _check_names(self, split: WholeSplit) -> None:
+        """Refuse a file name without ReaL labels before the first forward, on every rank: none waits for another."""
+        accelerator, error = self.accelerator, None
+        rank, world = accelerator.process_index, accelerator.num_processes
+        try:
+            for name in split.file_names(range(split.num_rows * rank // world, split.num_rows * (rank + 1) // world)):
+                real_key(name)
+        except (ValueError, RuntimeError, OSError) as caught:
+            error = caught
+        agree(error, accelerator, "reading the file names")
+
     def _align(self, source: Source) -> list[int]:
         if source.label_names is None:
             numbers = list(range(len(self.names)))
@@ -205,10 +217,10 @@ class _One:
         return {"mce": mce(errors)} | {f"error_{name}": error for name, error in errors.items()}
 
 
-def _open(data: Data, say: Printer) -> Source:
+def _open(data: Data, say: Printer, *, needs_labels: bool) -> Source:
     split = data.split or next((s for s in ("test", "validation", "val") if s in list_splits(data)), None)
     source = open_source(data, split=split)
     say(source.summary())
-    if not source.has_labels:
+    if needs_labels and not source.has_labels:
         raise ValueError(f"{source.where}: has no labels; name another split (--data.split) or --data.label-column")
     return source

@@ -145,6 +145,27 @@ def test_real_labels_are_found_by_file_name(model, tmp_path, monkeypatch):
     assert found == {"real_top1": 0.5, "real_examples": 4, "bad_images": 0}
 
 
+def test_real_labels_need_no_others(model, tmp_path, monkeypatch):
+    """The validation archive unpacks into one folder."""
+    for value in range(3):
+        write(tmp_path / "val", value)
+        (tmp_path / "val" / f"{value}.png").rename(tmp_path / "val" / f"ILSVRC2012_val_{value + 1:08d}.png")
+    said = [answer for _, answer in sorted(predictions(model, tmp_path / "val").items())]
+    sets = [[said[0]], [said[1] + 1, said[1]], [(said[2] + 1) % 1000]]
+    answers = {f"ILSVRC2012_val_{i:08d}": found for i, found in enumerate(sets, 1)}
+    monkeypatch.setattr("hf_mae.evaluate.real_labels", lambda: answers)
+    assert ask("imagenet-real", model, tmp_path, tmp_path / "val")["real_top1"] == 2 / 3
+
+
+def test_a_name_without_real_labels_is_refused_before_the_first_forward(model, tmp_path, monkeypatch):
+    for name in ("ILSVRC2012_val_00000001", "cat"):
+        write(tmp_path / "val", 1)
+        (tmp_path / "val" / "1.png").rename(tmp_path / "val" / f"{name}.png")
+    monkeypatch.setattr(Classification, "logits", lambda *_: pytest.fail("a forward pass was made"))
+    with pytest.raises(ValueError, match=r"file name 'cat.png' is not of the form"):
+        ask("imagenet-real", model, tmp_path, tmp_path / "val")
+
+
 def test_images_that_cannot_be_decoded_are_left_out_and_counted(model, tmp_path, capsys):
     for value in range(5):
         write(tmp_path / "data" / TENCH, value)

@@ -5,12 +5,17 @@ random moments, every third time inside a checkpoint write, and started again wi
 weights, optimizer state and metrics must equal those of an uninterrupted run exactly; only clock columns may differ.
 
     python benchmarks/kill.py --data ../shared/data/cifar10 --kills 20 --workers 0 2 --processes 1 2
+    python benchmarks/kill.py --data ../shared/data/cifar10 --commands finetune probe --steps 300
+
+`finetune` has mixup, cutmix, averaged weights and stochastic depth; `probe` has LARS and batch statistics, on an
+encoder of a few updates. Both keep the best model, which has to be equal as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -19,18 +24,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-CLOCK = {"images_per_second", "seconds_waiting_for_data", "waiting_share"}
-TINY = [
+CLOCK = {"images_per_second", "eval_images_per_second", "seconds_waiting_for_data", "waiting_share"}
+ENCODER = [
     "--model.image-size", "32", "--model.patch-size", "8", "--model.hidden-size", "32",
-    "--model.num-hidden-layers", "1", "--model.num-attention-heads", "2", "--model.decoder-hidden-size", "16",
-    "--model.decoder-num-hidden-layers", "1", "--model.decoder-num-attention-heads", "2",
+    "--model.num-hidden-layers", "1", "--model.num-attention-heads", "2",
 ]  # fmt: skip
+DECODER = [
+    "--model.decoder-hidden-size", "16", "--model.decoder-num-hidden-layers", "1",
+    "--model.decoder-num-attention-heads", "2",
+]  # fmt: skip
+COMMANDS = {
+    "pretrain": [
+        "mae-vit-n-cifar10", *ENCODER, *DECODER, "--evals.no-knn", "--evals.no-rankme", "--evals.pictures", "0"
+    ],
+    "finetune": [
+        "scratch-small", *ENCODER, "--optim.ema-decay", "0.99", "--model.drop-path-rate", "0.2", "--evals.no-pictures",
+        "--evals.best", "ema_top1",
+    ],
+    "probe": [
+        "probe-small", "--optim.name", "lars", "--optim.base-lr", "5", "--evals.no-pictures", "--evals.no-knn",
+        "--evals.no-logistic",
+    ],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,19 +65,29 @@ class Setting:
     steps: int = 1200
     batch: int = 64
     save_every: int = 7
+    what: str = "pretrain"
+    """The command of `hf-mae`; `probe` needs `encoder` beside the run folder, see `prepare`."""
 
     def command(self, out: Path) -> list[str]:
-        python = [sys.executable, "-m", "hf_mae.cli", "pretrain"]
+        python = [sys.executable, "-m", "hf_mae.cli", self.what]
         if self.processes > 1:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.processes)]
-            python = [sys.executable, *launch, str(ROOT / "scripts" / "pretrain.py")]
+            python = [sys.executable, *launch, str(ROOT / "scripts" / f"{self.what}.py")]
         return [
-            *python, "mae-vit-n-cifar10", "--data.path", self.data, "--out", str(out), *TINY,
+            *python, *COMMANDS[self.what], "--data.path", self.data, "--out", str(out),
+            *(["--init-from", str(out.parent / "encoder")] if self.what == "probe" else []),
             "--max-steps", str(self.steps), "--global-batch", str(self.batch), "--micro-batch", str(self.batch // 2),
             "--num-workers", str(self.workers), "--data.workers", self.kind, "--data.window-rows", "2000",
-            "--save-every", str(self.save_every), "--log-every", "5", "--eval-every", "0",
-            "--evals.no-knn", "--evals.no-rankme", "--evals.pictures", "0",
+            "--save-every", str(self.save_every), "--log-every", "5",
+            "--eval-every", "0" if self.what == "pretrain" else str(self.steps // 3),
         ]  # fmt: skip
+
+
+def prepare(setting: Setting, folder: Path) -> None:
+    """Make the encoder that a probe starts from: a few updates."""
+    if setting.what == "probe" and not (folder / "encoder").exists():
+        out = folder / "encoder"
+        finish(start(replace(setting, what="pretrain", steps=5, processes=1), out), out)
 
 
 def start(setting: Setting, out: Path) -> subprocess.Popen[bytes]:
@@ -127,9 +158,11 @@ def result(out: Path) -> dict[str, object]:
     manifest = json.loads((newest / "manifest.json").read_text())
     names = ("model/model.safetensors", "training_state/optimizer.safetensors", "training_state/state.json")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    best = out / "best" / "manifest.json"
     return {
         "checkpoint": newest.name,
         **{name: manifest[name] for name in names},
+        "best": json.loads(best.read_text()) if best.exists() else None,
         "metrics": [{k: v for k, v in row.items() if k not in CLOCK} for row in rows],
     }
 
@@ -138,6 +171,7 @@ def compare(setting: Setting, folder: Path, kills: int, seed: int = 0) -> dict[s
     """Run once undisturbed and once with kills; return what was found."""
     began = time.time()
     straight, killed = folder / "straight", folder / "killed"
+    prepare(setting, folder)
     finish(start(setting, straight), straight)
     moments = run_killed(setting, killed, kills, seed)
     a, b = result(straight), result(killed)
@@ -161,6 +195,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["thread"])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=["pretrain"])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     print(
@@ -169,14 +204,14 @@ def main() -> None:
         )
     )
     failed = False
-    for processes in arguments.processes:
-        for workers in arguments.workers:
-            for kind in arguments.kinds:
-                setting = Setting(str(Path(arguments.data).resolve()), workers, kind, processes, arguments.steps)
-                with tempfile.TemporaryDirectory() as folder:
-                    found = compare(setting, Path(folder), arguments.kills, arguments.seed)
-                print(json.dumps(found), flush=True)
-                failed |= not all(found["equal"].values())  # type: ignore[attr-defined]
+    data, steps = str(Path(arguments.data).resolve()), arguments.steps
+    ways = itertools.product(arguments.commands, arguments.processes, arguments.workers, arguments.kinds)
+    for what, processes, workers, kind in ways:
+        setting = Setting(data, workers, kind, processes, steps, what=what)
+        with tempfile.TemporaryDirectory() as folder:
+            found = compare(setting, Path(folder), arguments.kills, arguments.seed)
+        print(json.dumps(found), flush=True)
+        failed |= not all(found["equal"].values())  # type: ignore[attr-defined]
     sys.exit(int(failed))
 
 

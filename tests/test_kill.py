@@ -45,6 +45,21 @@ def test_a_run_killed_again_and_again_equals_one_that_never_was(setting, straigh
     assert kill.result(tmp_path / "run") == straight
 
 
+@pytest.mark.parametrize(("what", "processes"), [("finetune", 1), ("probe", 2)])
+def test_a_classifier_killed_equals_one_that_never_was(setting, tmp_path, what, processes):
+    """Mixup, averages and drop path; LARS and batch statistics; and the best model."""
+    setting = replace(setting, what=what, processes=processes, steps=60, workers=1)
+    kill.prepare(setting, tmp_path)
+    for out in (tmp_path / "straight", tmp_path / "run"):
+        if out.name == "run":
+            kill.run_killed(setting, out, kills=2, seed=3, longest=0.3)
+        else:
+            kill.finish(kill.start(setting, out), out)
+    found = kill.result(tmp_path / "run")
+    assert found["best"] is not None
+    assert found == kill.result(tmp_path / "straight")
+
+
 def test_two_processes_killed_equal_one_process_never_killed(setting, straight, tmp_path):
     """Micro-batches are half the batch, so two ranks compute the very sums of one process. No decode workers here."""
     two = replace(setting, processes=2, workers=0)

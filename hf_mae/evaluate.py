@@ -42,7 +42,7 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     """Evaluate a classifier. A collective: every process calls it.
 
     Writes `evaluation.json` (all results, per class as well), `summary.json` (what is returned) and pictures to
-    `recipe.out`.
+    `recipe.out`, or to `default_out`.
 
     Returns:
         The numbers: `top1`, `top5`, `eval_loss`, `ece` and `examples`; `real_top1` for ReaL labels; `mce` and the error
@@ -61,7 +61,7 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
         model.resize_positions(recipe.image_size)
     task = Classification(model, mean, std).to(accelerator.device).eval()
     say(f"hf_mae: evaluating {name} on {recipe.name}, {describe_world(accelerator)}")
-    out = Path(recipe.out or f"runs/evaluate-{recipe.name}")
+    out = Path(recipe.out or default_out(recipe))
     error = None
     if accelerator.is_main_process:
         try:
@@ -82,6 +82,21 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     say(f"expected: {recipe.expected}; written to {out}")
     accelerator.wait_for_everyone()
     return numbers
+
+
+def default_out(recipe: Evaluation) -> Path:
+    """Return runs/evaluate-PRESET-MODEL, so that another model has another folder.
+
+    MODEL is the run or folder of the model (`NAME` of runs/NAME, `NAME-best` of runs/NAME/best/model), the name of an
+    official file, or ORG-NAME.
+    """
+    path = Path(recipe.model).expanduser()
+    if not path.exists():
+        return Path("runs") / f"evaluate-{recipe.name}-{recipe.model.replace('/', '-')}"
+    parts = [part for part in path.resolve().parts[1:] if part not in ("checkpoints", "model")]
+    inside_a_run = parts[-1:] == ["best"] or "checkpoints" in path.resolve().parts
+    name = "-".join(parts[-2 if inside_a_run else -1 :])
+    return Path("runs") / f"evaluate-{recipe.name}-{name.removesuffix('.pth')}"
 
 
 Loaded = tuple[MAEForImageClassification, Sequence[float], Sequence[float]]

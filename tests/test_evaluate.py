@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,7 @@ from PIL import Image
 
 from hf_mae import MAEConfig, MAEForImageClassification
 from hf_mae.data.imagenet import ALEXNET_ERRORS, a_classes, class_of
-from hf_mae.evaluate import evaluate
+from hf_mae.evaluate import default_out, evaluate
 from hf_mae.recipes.base import Data
 from hf_mae.recipes.evaluation import EVALUATIONS
 from hf_mae.training.tasks import Classification
@@ -245,6 +247,37 @@ def test_an_official_file_is_evaluated_with_the_mean_and_std_of_imagenet(officia
 def test_an_official_file_without_a_head_is_no_classifier(official, tmp_path):
     with pytest.raises(ValueError, match=r"encoder.pth is no classifier .* hf-mae finetune --init-from"):
         ask("own", tmp_path / "encoder.pth", tmp_path, tmp_path)
+
+
+def test_two_models_are_written_to_two_folders(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value, name in enumerate(["0", "8"]):
+        write(tmp_path / "data" / name, value)
+    (tmp_path / "a" / "best").mkdir(parents=True)
+    model.rename(tmp_path / "a" / "best" / "model")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for run in ("a", "b"):
+        ask("own", f"{run}/best/model", tmp_path, tmp_path / "data", out="")
+    written = {
+        folder.name: json.loads((folder / "summary.json").read_text())["model"] for folder in Path("runs").iterdir()
+    }
+    assert written == {"evaluate-own-a-best": "a/best/model", "evaluate-own-b-best": "b/best/model"}
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("runs/one", "one"),
+        ("runs/one/checkpoints/step_00000012/model", "one-step_00000012"),
+        ("files/finetuned.pth", "finetuned"),
+        ("org/name", "org-name"),
+    ],
+)
+def test_a_default_folder_is_named_after_preset_and_model(tmp_path, monkeypatch, given, name):
+    monkeypatch.chdir(tmp_path)
+    if given != "org/name":
+        Path(given).mkdir(parents=True)
+    assert default_out(replace(EVALUATIONS["own"], model=given)) == Path("runs") / f"evaluate-own-{name}"
 
 
 def test_another_size_resizes_the_positions(model, tmp_path):

@@ -18,10 +18,10 @@ class Evaluation:
     expected: str
     """What the paper reports, or "not published"."""
     model: str = ""
-    """The classifier: a run folder (its newest checkpoint), a model folder (RUN/best/model), a Hub id, or a .pth file of
-    the official code."""
+    """The classifier: a run folder (its newest checkpoint), a model folder (RUN/best/model), a Hub id, or a .pth file
+    of the official code."""
     out: str = ""
-    """Where the numbers and pictures are written; empty is runs/evaluate-NAME."""
+    """Where the numbers and pictures are written; empty is runs/evaluate-PRESET-MODEL."""
     classes: Literal["names", "imagenet", "imagenet-a", "imagenet-r"] = "names"
     """How classes of data and model belong together: by name; or both are ImageNet's thousand, of which ImageNet-A and
     -R use two hundred each, the model's other logits being left out."""

@@ -270,6 +270,11 @@ class Recipe:
         """The micro-batch when none is given: the largest divisor of a process's share up to this."""
         return 64
 
+    @property
+    def min_micro_batch(self) -> int:
+        """The smallest micro-batch that can be trained on: 2 where the model takes statistics of it."""
+        return 1
+
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as JSON-able nested dictionaries (tuples become lists when written)."""
@@ -453,7 +458,7 @@ def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None =
         measured: what `auto` stands for, once it is known; until then it counts as not given.
 
     Raises:
-        ValueError: the global batch does not divide evenly.
+        ValueError: the global batch does not divide evenly, or into micro-batches that are too small.
     """
     batch, micro, repeats = recipe.global_batch, recipe.micro_batch, recipe.data.repeats
     if batch < 1:
@@ -478,7 +483,7 @@ def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None =
         )
     if micro == "auto" or micro is None:
         limit = measured if micro == "auto" and measured is not None else recipe.max_micro_batch
-        micro = largest_divisor(share, max(limit, 1 + even), even=even)
+        micro = largest_divisor(share, max(limit, recipe.min_micro_batch, 1 + even), even=even)
     if micro < 1 or share % micro or (even and micro % 2):
         divisors = [d for d in range(1 + even, share + 1, 1 + even) if share % d == 0]
         nearest = sorted(divisors, key=lambda d: abs(math.log(d / max(micro, 1))))[:2]
@@ -486,5 +491,13 @@ def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None =
             f"micro_batch={micro} does not divide the {share} images each process takes of global_batch={batch}"
             f"{' into even parts, which mixup and cutmix need' if even else ''}; use "
             f"{' or '.join(map(str, sorted(nearest)))}"
+        )
+    if micro < recipe.min_micro_batch:
+        step = 2 * processes * repeats
+        below = batch - batch % step
+        raise ValueError(
+            f"global_batch={batch} gives each of {processes} process(es) {share} images, in micro-batches of {micro}; "
+            f"model.head=batchnorm takes statistics of at least {recipe.min_micro_batch}; use "
+            f"{' or '.join(str(b) for b in (below, below + step) if b)}"
         )
     return micro

@@ -252,6 +252,25 @@ def test_pictures_are_drawn_with_the_average_where_it_is_better(accelerator):
     assert drawn == [-1.0]
 
 
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("no such class"), RuntimeError("no memory")])
+def test_what_cannot_be_written_or_drawn_is_a_warning(accelerator, tmp_path, error):
+    def fail(results, inner):
+        raise error
+
+    logits, labels, _ = answers()
+    task = Table(logits)
+    quality = ClassificationQuality(
+        batches(labels), list("abcdefg"), accelerator, every=0, out=tmp_path / "absent", draw=fail
+    )
+    quality.finish(task, 1)  # nothing was measured: nothing to write
+    quality(task, 1)
+    with pytest.warns(RuntimeWarning) as warned:
+        quality.finish(task, 1)
+    first, second = (str(w.message) for w in warned)
+    assert "absent/evaluation.json was not written" in first
+    assert second == f"not all pictures were drawn: {error}"
+
+
 def test_only_the_classes_kept_compete_and_classes_are_matched_by_number(accelerator):
     """The data has three classes, which are 5, 1 and 2 of the model; the model's class 0 would always win."""
     logits = torch.tensor([[9, 0, 0, 0, 0, 1.0], [9, 1, 0, 0, 0, 0], [9, 1, 2, 0, 0, 0], [9, 1, 0, 0, 0, 0]])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from hf_mae import MAEConfig, MAEForPreTraining, reconstruct
-from hf_mae.evaluation.reconstruction import GREY
+from hf_mae.evaluation.reconstruction import GREY, Pictures
 from hf_mae.models.targets import make_target
+from hf_mae.training.tasks import Pretraining
 
 TINY = {
     "image_size": (16, 24),
@@ -82,3 +84,19 @@ def test_training_mode_and_random_state_are_left_alone(model, images, noise):
 def test_floats_are_refused(model, images):
     with pytest.raises(ValueError, match=r"images is torch.float32 \(3, 3, 16, 24\); give uint8"):
         reconstruct(model, images.float())
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(model, images, noise, tmp_path):
+    (tmp_path / "pictures").write_text("in the way")
+    task = Pretraining(model, (0.5,) * 3, (0.5,) * 3)
+    pictures = Pictures(
+        images,
+        noise,
+        tmp_path / "pictures",
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        accelerator=Accelerator(cpu=True),
+        every=1,
+    )
+    with pytest.warns(RuntimeWarning, match="no picture was drawn in .*pictures"):
+        assert pictures(task, 1) == {}

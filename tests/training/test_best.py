@@ -113,6 +113,31 @@ def test_patience_ends_the_run_with_a_checkpoint(fine_tuning):
     assert again.state.step == 10
 
 
+def test_a_run_that_ends_early_logs_its_open_window_and_tells_the_evaluators(fine_tuning):
+    """Ten updates, none of them a log step."""
+    ended = []
+
+    class Told(Script):
+        def finish(self, task, step):
+            ended.append((step, run.checkpoints()[-1].name))
+
+    run = replace(fine_tuning, evaluators=(Told(0.1, 0.2, 0.9, 0.5, 0.9),), patience=3).change(log_every=0)
+    assert run.train() == "early"
+    assert ended == [(10, "step_00000010")]
+    logged = [row for row in rows_of(run) if "loss" in row]
+    assert [row["step"] for row in logged] == [10]
+    assert run.monitor.verdict().startswith(("learning: loss", "not learning: loss"))
+    every = replace(run, out=run.out.with_name("every")).change(log_every=1)
+    every.train()
+    losses = [row["loss"] for row in rows_of(every) if "loss" in row]
+    assert len(losses) == 10
+    assert logged[0]["loss"] == pytest.approx(sum(losses) / 10, rel=1e-6)
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_patience_that_runs_out_at_the_end_is_no_early_end(fine_tuning):
     run = replace(fine_tuning, evaluators=(Script(0.9, 0.1),), patience=10)
     assert run.train() == "finished"
@@ -134,6 +159,51 @@ def test_a_stopped_run_decides_as_one_that_never_stopped(fine_tuning, at):
     assert all(torch.equal(v, expected[k]) for k, v in kept.items())
     weights, others = (load_file(r.checkpoints()[-1] / "model" / "model.safetensors") for r in (run, straight))
     assert all(torch.equal(v, others[k]) for k, v in weights.items())
+    assert [(r["step"], r.get("loss")) for r in rows_of(run)] == [(r["step"], r.get("loss")) for r in rows_of(straight)]
+
+
+@pytest.fixture
+def stopped(fine_tuning):
+    """Best at update 4; stopped after 7, with an evaluation without a better number behind it, and one to spare."""
+    run = replace(fine_tuning, evaluators=(Script(0.1, 0.2, 0.9, 0.5, 0.8),), patience=2)
+    assert run.train(on_batch=run.interrupt(7, signal.SIGTERM)) == "stopped"
+    return run
+
+
+def test_a_run_that_continues_in_another_folder_takes_its_best_model_along(stopped):
+    """And decides as in its own: update 8 is the second that is not better."""
+    other = replace(stopped, out=stopped.out.with_name("other"))
+    assert other.train(resume=stopped.checkpoints()[-1]) == "early"
+    assert (other.state.best_value, other.state.best_step, other.state.step) == (0.9, 4, 8)
+    assert damage(other.out / "best") is None
+    assert best_of(other) == best_of(stopped)
+    assert [p.name for p in other.out.glob(".*")] == []
+
+
+@pytest.mark.parametrize("how", ["newer", "damaged", "absent"])
+def test_a_best_model_that_is_another_is_left_behind_and_nothing_else_changes(stopped, how):
+    if how == "newer":
+        (checkpoint,) = stopped.checkpoints()
+        shutil.copytree(stopped.out / "checkpoints", stopped.out.with_name("elsewhere"))
+        replace(stopped, evaluators=(Script(0.95),)).train(resume=checkpoint)
+        assert best_of(stopped)["step"] == 8
+        shutil.copytree(stopped.out.with_name("elsewhere"), stopped.out / "checkpoints", dirs_exist_ok=True)
+    elif how == "damaged":
+        (stopped.out / "best" / "model" / "config.json").write_text("{}")
+    else:
+        shutil.rmtree(stopped.out / "best")
+    other = replace(stopped, out=stopped.out.with_name("other"))
+    assert other.train(resume=stopped.out / "checkpoints" / "step_00000007") == "early"
+    assert (other.state.best_value, other.state.best_step, other.state.step) == (0.9, 4, 8)
+    assert not (other.out / "best").exists()
+
+
+def test_a_kill_between_the_two_renames_keeps_the_former_best(stopped):
+    before = best_of(stopped)
+    (stopped.out / "best").rename(stopped.out / ".trash_best")
+    assert stopped.train(resume=stopped.checkpoints()[-1]) == "early"
+    assert best_of(stopped) == before
+    assert damage(stopped.out / "best") is None
 
 
 def test_what_a_kill_left_behind_is_no_hindrance(fine_tuning):

@@ -96,6 +96,17 @@ def test_leftovers_of_a_killed_save_are_never_read_and_are_cleaned(toy):
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000016", "step_00000020"]
 
 
+def test_a_checkpoint_that_was_being_replaced_comes_back(toy):
+    """A kill between the two renames: the last checkpoint is saved before its evaluation and after it."""
+    toy.train()
+    older, newest = toy.checkpoints()
+    newest.rename(newest.with_name(f".trash_{newest.name}"))
+    shutil.copytree(older, older.with_name(f".trash_{older.name}"))
+    clean(toy.out / "checkpoints")
+    assert sorted(p.name for p in (toy.out / "checkpoints").iterdir()) == [older.name, newest.name]
+    assert newest_checkpoint(toy.out / "checkpoints") == (newest, [])
+
+
 def test_another_architecture_is_refused_with_names_and_shapes(toy):
     toy.train()
     checkpoint = toy.checkpoints()[-1]

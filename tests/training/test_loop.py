@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mae.recipes.base import Optim
+from hf_mae.training.checkpoint import TrainState
 
 
 def rows(run):
@@ -185,3 +186,75 @@ def test_numbers_that_json_has_not_are_written_as_null(toy):
     text = (toy.out / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert rows(toy)[0]["strange"] is None
+
+
+class Fails(Counting):
+    """An evaluator during which the run dies at one step."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def __call__(self, task, step):
+        if step == self.at:
+            raise MemoryError("as if killed")
+        return super().__call__(task, step)
+
+
+def clockless(run):
+    return [{k: r[k] for k in ("step", "loss", "seen") if k in r} for r in rows(run)]
+
+
+def test_evaluators_are_told_once_that_the_run_has_ended_and_is_saved(toy):
+    class Looks(Counting):
+        def finish(self, task, step):
+            assert not task.training
+            assert json.loads((toy.checkpoints()[-1] / "training_state" / "state.json").read_text())["state"] == {
+                **vars(TrainState(trivial_loss=1.0, step=20, examples_seen=160))
+            }
+            super().finish(task, step)
+
+    looks = Looks()
+    replace(toy, evaluators=(looks,)).train()
+    assert looks.finished == [20]
+    stopped = Counting()
+    run = replace(toy, out=toy.out.with_name("stopped"), evaluators=(stopped,))
+    assert run.train(on_batch=toy.interrupt(9, signal.SIGTERM)) == "stopped"
+    assert stopped.finished == []
+
+
+def test_a_last_evaluation_that_fails_is_made_up_for(toy):
+    """All 20 updates are in the checkpoint: the next start has nothing left to do but this evaluation."""
+    straight = replace(toy, out=toy.out.with_name("straight"), evaluators=(Counting(),))
+    straight.train()
+    with pytest.raises(MemoryError):
+        replace(toy, evaluators=(Fails(20),)).train()
+    assert toy.checkpoints()[-1].name == "step_00000020"
+    again = replace(toy, evaluators=(Counting(),))
+    assert again.train(resume=toy.checkpoints()[-1]) == "finished"
+    assert (again.evaluators[0].steps, again.evaluators[0].finished) == ([20], [20])
+    assert again.state == straight.state
+    assert not again.state.owes_evaluation
+    assert clockless(again) == clockless(straight)
+    assert replace(toy, evaluators=(Fails(20),)).train(resume=toy.checkpoints()[-1]) == "finished"
+
+
+def test_an_owed_evaluation_whose_start_is_killed_leaves_one_row(toy):
+    straight = replace(toy, out=toy.out.with_name("straight"), evaluators=(Counting(),)).change(save_every=0)
+    straight.train()
+    run = replace(straight, out=toy.out, evaluators=(Counting(),))
+    assert run.train(on_batch=toy.interrupt(7, signal.SIGTERM)) == "stopped"
+    with pytest.raises(MemoryError):
+        replace(run, evaluators=(Fails(14),)).train(resume=run.checkpoints()[-1])
+    assert run.checkpoints()[-1].name == "step_00000007"
+    replace(run, evaluators=(Counting(),)).train(resume=run.checkpoints()[-1])
+    assert clockless(run) == clockless(straight)
+
+
+def test_training_rows_of_the_step_whose_evaluation_is_owed_stay(toy):
+    straight = replace(toy, out=toy.out.with_name("straight"), evaluators=(Counting(),)).change(log_every=7)
+    straight.train()
+    run = replace(straight, out=toy.out, evaluators=(Counting(),))
+    assert run.train(on_batch=toy.interrupt(7, signal.SIGTERM)) == "stopped"
+    run.train(resume=run.checkpoints()[-1])
+    assert clockless(run) == clockless(straight)

@@ -1,0 +1,82 @@
+"""How a run ends: early, with a last evaluation that fails, or in another folder than it began."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hf_mae.classify import classify
+from hf_mae.evaluation.classification import ClassificationQuality
+from hf_mae.recipes.classification import Classifier, ClassifierEvals
+from hf_mae.recipes.transfer import FINETUNE
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    recipe = FINETUNE["finetune-digits"]
+    return replace(
+        recipe,
+        out=str(tmp_path / "run"),
+        init_from="",
+        model=Classifier(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        ),
+        optim=replace(recipe.optim, layer_decay=1.0, base_lr=1e-12),  # learns nothing: no number gets better
+        schedule=replace(recipe.schedule, min_lr=0.0),
+        max_steps=6,
+        global_batch=32,
+        log_every=0,
+        save_every=0,
+        eval_every=1,
+        num_workers=0,
+        evals=ClassifierEvals(split="test", pictures=False),
+    )
+
+
+def rows(out, name):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines() if f'"{name}"' in line]
+
+
+def test_a_run_that_ends_early_leaves_what_a_whole_one_leaves(recipe, capfd):
+    out = classify(replace(recipe, evals=replace(recipe.evals, patience=2, pictures=True)))
+    assert json.loads((out / "evaluation.json").read_text())["step"] == 3
+    names = {"attention.png", "confusion.png", "per_class.png", "reliability.png", "worst.png"}
+    assert {p.name for p in (out / "pictures").iterdir()} == names
+    assert "learning: loss" in capfd.readouterr().err
+    assert [row["step"] for row in rows(out, "loss")] == [3]
+
+
+def test_a_last_evaluation_that_fails_takes_no_training_with_it(recipe, monkeypatch, capfd):
+    real = ClassificationQuality.__call__
+
+    def fail(self, task, step):
+        if step == 6:
+            raise RuntimeError("out of memory")
+        return real(self, task, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ClassificationQuality, "__call__", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            classify(recipe)
+    out = classify(recipe)
+    assert "resuming at step 6 of 6" in capfd.readouterr().err
+    assert [row["step"] for row in rows(out, "top1")] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((out / "evaluation.json").read_text())["step"] == 6
+    classify(recipe)
+    assert "this run is finished" in capfd.readouterr().err
+
+
+def test_a_run_that_continues_in_another_folder_has_its_best_model_there(recipe, tmp_path):
+    short = classify(replace(recipe, save_every=3))
+    other = classify(replace(recipe, out=str(tmp_path / "other"), resume=str(short / "checkpoints/step_00000003")))
+    best = json.loads((other / "best" / "best.json").read_text())
+    assert best == json.loads((short / "best" / "best.json").read_text())
+    assert best["step"] == 1

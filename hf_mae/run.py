@@ -406,8 +406,10 @@ def data_advice(recipe: Recipe, rows: list[dict[str, Any]]) -> str | None:
         ways.append(f"--num-workers {cores} (the cores of this process)")
     if recipe.data.decoder == "exact":
         ways.append("--data.decoder fast (the same crops, pixels that differ by rounding)")
-    ways.append(
-        f"--data.repeats {2 * recipe.data.repeats} with --epochs {recipe.epochs / 2:g} (more samples "
-        "of each image for the same number of updates: changes training)"
-    )
+    if not recipe.mixes_pairs:  # partners are half a batch apart: with even repeats the same image
+        ways.append(
+            f"--data.repeats {2 * recipe.data.repeats} with --epochs {recipe.epochs / 2:g} (more samples "
+            "of each image for the same number of updates: changes training)"
+        )
+    ways = ways or ["a faster disk", "more cores"]
     return f"waited for data {waited:.0%} of the time; try {', or '.join(ways)}"

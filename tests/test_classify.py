@@ -319,6 +319,7 @@ def test_what_makes_no_sense_is_refused_before_training(recipe, change, message)
         (["sweep", "blocks"], "sweep 'blocks' is unknown"),
         (["sweep", "seeds", "--n", "1"], "use at least 2"),
         (["finetune", "finetune-digits", "--augment.rand-augment", "m9"], "rand_augment"),
+        (["probe", "--init-from", "{encoder}", "--global-batch", "521"], "use 520 or 522"),
     ],
 )
 def test_mistakes_end_with_one_sentence_and_no_traceback(arguments, message, encoder, capsys, tmp_path, monkeypatch):

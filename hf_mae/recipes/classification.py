@@ -150,6 +150,11 @@ class ClassifierRecipe(Recipe):
         """The statistics of the official probe's batch normalisation are of 512 images."""
         return 512 if self.model.head == "batchnorm" else super().max_micro_batch
 
+    @property
+    def min_micro_batch(self) -> int:
+        """Batch normalisation has no statistics of one image."""
+        return 2 if self.model.head == "batchnorm" else 1
+
 
 def check_classifier(recipe: ClassifierRecipe) -> None:
     """Refuse what makes no sense before anything is opened or made.
@@ -196,10 +201,6 @@ def check_classifier(recipe: ClassifierRecipe) -> None:
         raise ValueError(
             f"data.repeats={recipe.data.repeats} is even: mixup and cutmix would mix each image with itself, since "
             "partners are half a batch apart; use an odd number, or set augment.mixup and augment.cutmix to 0"
-        )
-    if recipe.model.head == "batchnorm" and recipe.micro_batch == 1:
-        raise ValueError(
-            "micro_batch=1 has no batch statistics, which model.head=batchnorm needs; use at least 2, better 64"
         )
     if recipe.evals.best == "ema_top1" and recipe.optim.ema_decay is None:
         raise ValueError("evals.best=ema_top1 needs averaged weights; add --optim.ema-decay 0.9999")

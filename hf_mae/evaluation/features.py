@@ -103,7 +103,8 @@ def knn_accuracy(
         similarity, neighbours = (rows @ bank.T).topk(k, dim=1)
         # Similarities lie in [-1, 1]: k of them over 4k do not outweigh a vote. float64 keeps both.
         plain = 1 + similarity.double() / (4 * k)
-        weights = plain if temperature is None else (similarity / temperature).exp()
+        # Relative to the nearest: the vote is the same, and no exponential overflows.
+        weights = plain if temperature is None else ((similarity - similarity[:, :1]) / temperature).exp()
         votes = torch.zeros(len(rows), classes, dtype=weights.dtype)
         votes.scatter_add_(1, train_labels[neighbours], weights)
         correct += int((votes.argmax(1) == labels).sum())

@@ -36,6 +36,14 @@ def test_knn_by_hand():
     assert knn_accuracy(train, torch.tensor([0, 1, 2]), test, torch.tensor([0, 1, 0]), k=2) == pytest.approx(2 / 3)
 
 
+def test_a_low_temperature_leaves_the_nearest_alone_to_vote():
+    train, labels = blobs(100, 1, spread=1.0)
+    test, expected = blobs(50, 2, spread=1.0)
+    assert knn_accuracy(train, labels, test, expected, temperature=1e-4) == knn_accuracy(
+        train, labels, test, expected, k=1
+    )
+
+
 def test_knn_ignores_the_length_of_features():
     train, labels = blobs(100, 1)
     test, expected = blobs(50, 2)

@@ -135,6 +135,11 @@ class ClassifierTraining(Training[ClassifierRecipe]):
             model = MAEForImageClassification(MAEConfig(**fields, pos_embed=positions, id2label=id2label))
             say("encoder: new weights (from scratch)")
         model.config.label2id = {name: i for i, name in id2label.items()}
+        if (recipe.trainable_blocks or 0) > (depth := model.config.num_hidden_layers):
+            raise ValueError(
+                f"trainable_blocks={recipe.trainable_blocks:g} is more than the {depth} blocks of the encoder; use 0, "
+                f"0.5 or a whole number up to {depth}, or leave it out to train everything"
+            )
         model.set_trainable(recipe.trainable_blocks, freeze_pos_embed=recipe.freeze_pos_embed)
         model.checkpoint_activations(recipe.engine.checkpoint_activations)
         if recipe.engine.compile:

@@ -58,6 +58,8 @@ def sweep_partial(
         raise ValueError("init_from is empty: a partial fine-tuning needs a pretrained encoder; add --init-from")
     if seeds < 1:
         raise ValueError(f"seeds={seeds} makes no run; use at least 1")
+    for k in blocks:  # those beyond the depth too: 7.5 is no number of blocks of any encoder
+        check_classifier(replace(recipe, trainable_blocks=float(k)))
     depth, width = _encoder_size(recipe)
     chosen = [k for k in blocks if k <= depth]
     if not chosen:

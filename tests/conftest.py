@@ -43,3 +43,24 @@ def shared() -> Path:
 def goldens() -> Path:
     """Numbers of the official code on tiny fixed problems."""
     return GOLDENS
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A pretraining folder for digits, two blocks of random weights: protocols do not depend on what it knows."""
+    from hf_mae import MAEConfig, MAEForPreTraining
+
+    torch.manual_seed(1)
+    config = MAEConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+    )
+    MAEForPreTraining(config).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"

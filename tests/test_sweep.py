@@ -11,34 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from hf_mae import MAEConfig, MAEForPreTraining, sweep
+from hf_mae import sweep
 from hf_mae.recipes.base import Data
 from hf_mae.recipes.classification import ClassifierEvals
 from hf_mae.recipes.mae import QUICKSTART
 from hf_mae.recipes.transfer import FINETUNE
 from hf_mae.sweep import read_result, sweep_partial, sweep_seeds, table
-
-
-@pytest.fixture
-def encoder(tmp_path):
-    """An encoder of two blocks with random weights."""
-    torch.manual_seed(1)
-    config = MAEConfig(
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        decoder_hidden_size=16,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2,
-    )
-    MAEForPreTraining(config).save_pretrained(tmp_path / "encoder")
-    return tmp_path / "encoder"
 
 
 @pytest.fixture
@@ -105,6 +85,8 @@ def never(monkeypatch):
 def test_partial_finds_mistakes_before_the_first_run(recipe, unlabelled, never):
     with pytest.raises(ValueError, match=r"trainable_blocks=1.5 must be 0, 0.5"):
         sweep_partial(recipe, blocks=(0, 1.5))
+    with pytest.raises(ValueError, match=r"trainable_blocks=7.5 must be 0, 0.5"):
+        sweep_partial(recipe, blocks=(0, 7.5))
     with pytest.raises(ValueError, match="all beyond the 2 blocks of the encoder"):
         sweep_partial(recipe, blocks=(3, 6))
     with pytest.raises(ValueError, match="seeds=0 makes no run"):

@@ -81,6 +81,9 @@ class Data:
     """Configuration name of a Hub data set that has several."""
     split: str | None = None
     """Which split to train on; None takes `train`, or the only one."""
+    splits: str | None = None
+    """How data of one split are divided into train, validation and (with three parts) test: a file that `hf-mae split`
+    wrote, or a rule such as `stratified:80/10/10@3334` or `random:95/5@3334` (parts in percent, seed)."""
     streaming: bool = True
     """Read a Hub data set by ranges as training goes. False downloads it to the cache first."""
     revision: str | None = None
@@ -111,15 +114,20 @@ class Data:
     """Samples made of each decoded image, each with its own crop and mask, in the same batch. For slow disks or few
     cores; changes training above 1: a batch holds fewer different images, and an epoch, one pass over the images, takes
     so many times the updates (divide `epochs` by it for the same number)."""
+    repeat_augment: int = 1
+    """Repeated augmentation (Hoffer et al. 2020; DeiT): each image takes so many places of the stream in a row, each
+    with its own augmentation, so that its copies lie on different processes. An epoch stays as many samples as there
+    are rows, made of fewer different images. 1 is off; DeiT and ResNet strikes back use 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
     """From a decoded image to `image_size`."""
 
-    crop: Literal["random-resized", "clamped", "fixed", "center"] = "random-resized"
+    crop: Literal["random-resized", "clamped", "fixed", "center", "resize"] = "random-resized"
     """Random resized crop; the same with sides clamped to the image instead of ten tries (the official linear probe);
-    random crop after resizing the short side (paper, Table 1e "fixed size"); or centre."""
+    random crop after resizing the short side (paper, Table 1e "fixed size"); centre; or the whole image, its sides
+    resized to the input's whatever its aspect."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Area fraction of a random resized crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -128,10 +136,22 @@ class Augment:
     """Mirror half of the images."""
     color_jitter: float = 0.0
     """Strength of brightness, contrast and saturation jitter (paper, Table 1e "color jit"); 0 is off."""
+    vertical_flip: bool = False
+    """Turn half of the images upside down."""
+    rotate: tuple[float, ...] = ()
+    """Rotations, one after the other, each by an angle uniform in plus or minus so many degrees."""
+    rotate_resample: Literal["bilinear", "nearest"] = "bilinear"
+    """How a rotated pixel is read."""
+    rotate_fill: Literal["mean", "black"] = "mean"
+    """Colour of the corners a rotation leaves: `augment.mean`, or black."""
+    auto_augment: Literal["original", "v0"] | None = None
+    """AutoAugment's policy for ImageNet (Cubuk et al. 2019) as timm names it: of the paper, or of TensorFlow's code."""
     rand_augment: str | None = None
     """RandAugment as timm writes it: `rand-m9-mstd0.5-inc1` is magnitude 9, its deviation .5, the increasing ops."""
     erase_prob: float = 0.0
-    """Share of the images of which a rectangle is filled with noise (random erasing, timm's `pixel` mode)."""
+    """Share of the images of which a rectangle is erased (random erasing, Zhong et al. 2020)."""
+    erase_fill: Literal["noise", "mean", "black"] = "noise"
+    """With noise (timm's `pixel` mode), with `augment.mean` (0 after normalising), or black (0 before)."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Per-channel mean of the input, after scaling to [0, 1]."""
     std: tuple[float, ...] = IMAGENET_STD
@@ -154,16 +174,30 @@ class Optim:
     """Weight-decay the cls and mask tokens. True is the official behaviour."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights with this decay per update."""
+    ema_warmup: bool = False
+    """Let the decay rise to `ema_decay`: min(ema_decay, 1 - update ** (-2/3)), as timm's `ModelEmaV3` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up from zero, then half a cosine; one value per optimizer update."""
+    """The learning rate of each optimizer update."""
 
+    name: Literal["cosine", "timm-cosine", "constant", "step", "exponential"] = "cosine"
+    """Half a cosine from the end of the warm-up to the end of the run (MAE); timm's, which starts with the run, its
+    first epochs replaced by the warm-up; the peak throughout; the peak times `gamma` every `step_epochs`; or
+    geometrically from `warmup_lr` to the peak (what `hf-mae lr-find` runs)."""
     warmup_epochs: float = 40.0
-    """Length of the warm-up. With `max_steps` it keeps its share of the run."""
+    """Length of the linear warm-up. With `max_steps` it keeps its share of the run."""
+    warmup_lr: float = 0.0
+    """Where the warm-up starts."""
     min_lr: float = 0.0
-    """Where the cosine ends."""
+    """Where a cosine ends."""
+    per_epoch: bool = False
+    """Change the value once per epoch, as timm does unless told otherwise, rather than at every update."""
+    gamma: float = 0.95
+    """Of `step`."""
+    step_epochs: float = 1.0
+    """Of `step`: epochs between two falls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +404,7 @@ _RULES: tuple[Rule, ...] = (
     ("data.window_bytes", "must be at least 1", lambda v: v >= 1),
     ("data.max_bad_fraction", "must lie in 0 .. 1", lambda v: 0 <= v <= 1),
     ("data.repeats", "must be at least 1", lambda v: v >= 1),
+    ("data.repeat_augment", "must be at least 1; 1 is off", lambda v: v >= 1),
     ("data.max_pixels", "must be at least 1", lambda v: v >= 1),
     ("model.num_channels", "must be 3 (read as RGB) or 1 (read as grey)", lambda v: v in (None, 1, 3)),
     ("model.mask_ratio", "must lie between 0 and 1: without a removed patch there is no loss", lambda v: 0 < v < 1),
@@ -377,6 +412,7 @@ _RULES: tuple[Rule, ...] = (
     ("augment.ratio", "must be two aspects with 0 < low <= high", lambda v: 0 < v[0] <= v[1] < float("inf")),
     ("augment.color_jitter", "must lie in 0 .. 1", lambda v: 0 <= v <= 1),
     ("augment.erase_prob", "must lie in 0 .. 1", lambda v: 0 <= v <= 1),
+    ("augment.rotate", "must be angles above 0 and up to 180 degrees", lambda v: all(0 < a <= 180 for a in v)),
     ("augment.std", "must be positive numbers", lambda v: all(0 < x < float("inf") for x in v)),
     ("optim.base_lr", "must be above 0 and finite", lambda v: 0 < v < float("inf")),
     ("optim.weight_decay", "must be at least 0 and finite", lambda v: 0 <= v < float("inf")),
@@ -386,6 +422,9 @@ _RULES: tuple[Rule, ...] = (
     ("optim.ema_decay", "must lie between 0 and 1; leave it out for no average", lambda v: v is None or 0 < v < 1),
     ("schedule.warmup_epochs", "must be at least 0", lambda v: v >= 0),
     ("schedule.min_lr", "must be at least 0", lambda v: v >= 0),
+    ("schedule.warmup_lr", "must be at least 0", lambda v: v >= 0),
+    ("schedule.gamma", "must lie in (0, 1]", lambda v: 0 < v <= 1),
+    ("schedule.step_epochs", "must be above 0", lambda v: v > 0),
     ("evals.pictures", "must be at least 0", lambda v: v >= 0),
     ("evals.train_examples", "must be at least 1", lambda v: v >= 1),
     ("evals.test_examples", "must be at least 1", lambda v: v >= 1),
@@ -414,6 +453,16 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"global_batch={recipe.global_batch} is not a multiple of data.repeats={recipe.data.repeats}, the samples "
             "made of each image; choose a multiple"
+        )
+    if recipe.data.repeats > 1 and recipe.data.repeat_augment > 1:
+        raise ValueError(
+            f"data.repeats={recipe.data.repeats} and data.repeat_augment={recipe.data.repeat_augment} both make several"
+            " samples of an image; set one of them to 1 (`repeats` decodes once, `repeat_augment` is DeiT's)"
+        )
+    if recipe.schedule.name == "exponential" and not recipe.schedule.warmup_lr > 0:
+        raise ValueError(
+            f"schedule.warmup_lr={recipe.schedule.warmup_lr} must be above 0 where schedule.name=exponential starts "
+            "from it; add --schedule.warmup-lr 1e-7"
         )
     for name in ("mean", "std"):
         given, channels = values[f"augment.{name}"], values["model.num_channels"]
@@ -497,7 +546,7 @@ def choose_micro_batch(recipe: Recipe, processes: int, *, measured: int | None =
         below = batch - batch % step
         raise ValueError(
             f"global_batch={batch} gives each of {processes} process(es) {share} images, in micro-batches of {micro}; "
-            f"model.head=batchnorm takes statistics of at least {recipe.min_micro_batch}; use "
+            f"batch normalisation takes statistics of at least {recipe.min_micro_batch}; use "
             f"{' or '.join(str(b) for b in (below, below + step) if b)}"
         )
     return micro

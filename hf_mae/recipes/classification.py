@@ -51,6 +51,8 @@ class ClassifierAugment(Augment):
     """Alpha of mixup (Zhang et al. 2018); 0 is off."""
     cutmix: float = 0.0
     """Alpha of cutmix (Yun et al. 2019); 0 is off. With both, each mix is one or the other with equal chance."""
+    mix_prob: float = 1.0
+    """Chance that a mix takes place at all."""
     mix_mode: Literal["batch", "pair"] = "batch"
     """One draw of mixup or cutmix for each global batch, or one for each pair of images in it."""
     label_smoothing: float = 0.0
@@ -59,20 +61,27 @@ class ClassifierAugment(Augment):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierOptim(Optim):
-    """AdamW, LARS or SGD, with a learning rate that may fall from the head to the first layer."""
+    """The optimizer, with a learning rate that may fall from the head to the first layer."""
 
-    name: Literal["adamw", "lars", "sgd"] = "adamw"
-    """The optimizer. LARS adapts matrices only, as in the official linear probe."""
+    name: Literal["adamw", "adam", "lamb", "lars", "rmsprop", "sgd"] = "adamw"
+    """The optimizer. LARS adapts matrices only, as in the official linear probe; LAMB and RMSProp (TensorFlow's) are
+    timm's; Adam's weight decay is part of the gradient."""
     base_lr: float = 1e-3
     """Learning rate at a global batch of 256; lr = base_lr * global_batch / 256."""
     weight_decay: float = 0.05
     """Weight decay of matrices; vectors, biases, tokens and positions have none."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """Of AdamW, Adam and LAMB."""
     decay_tokens: bool = False
     """Weight-decay the cls token and the positions too. False is the official behaviour of fine-tuning."""
+    decay_vectors: bool = False
+    """Weight-decay biases and normalisation too: torch's own default, where groups are not thought of."""
     momentum: float = 0.9
-    """Of LARS and SGD."""
+    """Of LARS, RMSProp and SGD."""
+    nesterov: bool = False
+    """Of SGD."""
+    agc: float | None = None
+    """Adaptive gradient clipping (Brock et al. 2021): the largest ratio of a unit's gradient to its weights."""
     layer_decay: float = 1.0
     """lr of block i of L is multiplied by layer_decay ** (L - i), counted from 0; of the embedding by one power more;
     1 gives all the same."""
@@ -99,13 +108,65 @@ class ClassifierEvals:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierRecipe(Recipe):
-    """A whole classification run."""
+class Loss:
+    """What the scores are trained for."""
+
+    name: Literal["ce", "bce"] = "ce"
+    """Cross-entropy of one distribution over the classes, or binary cross-entropy of each class by itself."""
+    target: Literal["soft", "threshold", "binarize"] = "threshold"
+    """Targets of `bce` for mixed images. `soft`: the shares of both labels, summing to 1. `threshold`: 1 for each class
+    whose smoothed share is above `threshold` (timm). `binarize`: 1 for both labels, then smoothed (the wording of
+    ResNet strikes back)."""
+    threshold: float = 0.2
+    """Of `threshold`."""
+    sum_classes: bool = False
+    """Sum `bce` over the classes rather than average it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledRecipe(Recipe):
+    """A run that learns labels: what all kinds of classification share."""
 
     epochs: float = 100.0
     """Length of the run, in passes over the data."""
     global_batch: int = 1024
     """Images per optimizer update, over all processes and accumulation."""
+    init_from: str = ""
+    """The pretrained model whose weights are taken, all but the head's: see the command. Empty trains from scratch."""
+    loss: Loss = field(default_factory=Loss)
+    augment: ClassifierAugment = field(default_factory=ClassifierAugment)
+    optim: ClassifierOptim = field(default_factory=ClassifierOptim)
+    schedule: Schedule = field(default_factory=lambda: Schedule(warmup_epochs=5, min_lr=1e-6))
+    evals: ClassifierEvals = field(default_factory=ClassifierEvals)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    deciding: ClassVar[frozenset[str]] = frozenset({"evals.patience", "evals.best", "evals.split"})
+    rules: ClassVar[tuple[Rule, ...]] = (
+        ("model.drop_path_rate", "must lie in [0, 1); the paper uses 0.1 to 0.3", lambda v: 0 <= v < 1),
+        ("augment.mixup", "must be at least 0 and finite; 0 is off", lambda v: 0 <= v < float("inf")),
+        ("augment.cutmix", "must be at least 0 and finite; 0 is off", lambda v: 0 <= v < float("inf")),
+        (
+            "augment.mix_prob",
+            "must lie in (0, 1]; mixup and cutmix of 0 switch mixing off",
+            lambda v: 0 < v <= 1,
+        ),
+        ("augment.label_smoothing", "must lie in [0, 1)", lambda v: 0 <= v < 1),
+        ("loss.threshold", "must lie in [0, 1)", lambda v: 0 <= v < 1),
+        ("optim.momentum", "must lie in [0, 1)", lambda v: 0 <= v < 1),
+        ("optim.layer_decay", "must be above 0 and at most 1; 1 is off", lambda v: 0 < v <= 1),
+        ("optim.agc", "must be above 0; leave it out for none", lambda v: v is None or v > 0),
+        ("evals.patience", "must be at least 1; leave it out to train to the end", lambda v: v is None or v >= 1),
+    )
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether mixup or cutmix is on."""
+        return self.augment.mixup > 0 or self.augment.cutmix > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRecipe(LabelledRecipe):
+    """A whole classification run with an encoder of ours: fine-tuning, linear probe, partial, from scratch."""
+
     init_from: str = ""
     """The pretrained encoder: a run folder, a model folder, a Hub id or an official .pth file. Empty trains from
     scratch."""
@@ -118,32 +179,16 @@ class ClassifierRecipe(Recipe):
     """Encode every image once, without augmentation, and train the head on the features. Needs
     `--trainable-blocks 0`."""
     model: Classifier = field(default_factory=Classifier)  # pyright: ignore[reportIncompatibleVariableOverride]
-    augment: ClassifierAugment = field(default_factory=ClassifierAugment)
-    optim: ClassifierOptim = field(default_factory=ClassifierOptim)
-    schedule: Schedule = field(default_factory=lambda: Schedule(warmup_epochs=5, min_lr=1e-6))
-    evals: ClassifierEvals = field(default_factory=ClassifierEvals)  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    deciding: ClassVar[frozenset[str]] = frozenset({"evals.patience", "evals.best", "evals.split"})
     rules: ClassVar[tuple[Rule, ...]] = (
-        ("model.drop_path_rate", "must lie in [0, 1); the paper uses 0.1 to 0.3", lambda v: 0 <= v < 1),
+        *LabelledRecipe.rules,
         ("model.head_init_std", "must be at least 0 and finite", lambda v: 0 <= v < float("inf")),
-        ("augment.mixup", "must be at least 0 and finite; 0 is off", lambda v: 0 <= v < float("inf")),
-        ("augment.cutmix", "must be at least 0 and finite; 0 is off", lambda v: 0 <= v < float("inf")),
-        ("augment.label_smoothing", "must lie in [0, 1)", lambda v: 0 <= v < 1),
-        ("optim.momentum", "must lie in [0, 1)", lambda v: 0 <= v < 1),
-        ("optim.layer_decay", "must be above 0 and at most 1; 1 is off", lambda v: 0 < v <= 1),
-        ("evals.patience", "must be at least 1; leave it out to train to the end", lambda v: v is None or v >= 1),
         (
             "trainable_blocks",
             "must be 0, 0.5 (the MLP of the last block) or a whole number; leave it out to train everything",
             lambda v: v is None or v == 0.5 or (v >= 0 and v == int(v)),
         ),
     )
-
-    @property
-    def mixes_pairs(self) -> bool:
-        """Whether mixup or cutmix is on."""
-        return self.augment.mixup > 0 or self.augment.cutmix > 0
 
     @property
     def max_micro_batch(self) -> int:
@@ -156,13 +201,46 @@ class ClassifierRecipe(Recipe):
         return 2 if self.model.head == "batchnorm" else 1
 
 
+def check_labelled(recipe: LabelledRecipe) -> None:
+    """Refuse what makes no sense for any kind of classification, before anything is opened or made.
+
+    Raises:
+        ValueError: the first rule that is broken, with the values and the remedy.
+    """
+    check(recipe)
+    if recipe.mixes_pairs and recipe.global_batch % 2:
+        raise ValueError(
+            f"global_batch={recipe.global_batch} is odd, and mixup and cutmix mix pairs of images; use "
+            f"{recipe.global_batch + 1}"
+        )
+    if recipe.mixes_pairs and recipe.data.repeats % 2 == 0:
+        raise ValueError(
+            f"data.repeats={recipe.data.repeats} is even: mixup and cutmix would mix each image with itself, since "
+            "partners are half a batch apart; use an odd number, or set augment.mixup and augment.cutmix to 0"
+        )
+    if recipe.mixes_pairs and recipe.global_batch < 2 * recipe.data.repeat_augment:
+        raise ValueError(
+            f"global_batch={recipe.global_batch} is less than twice data.repeat_augment={recipe.data.repeat_augment}: "
+            "mixup and cutmix would mix copies of one image; use at least "
+            f"{2 * recipe.data.repeat_augment}"
+        )
+    if recipe.evals.best == "ema_top1" and recipe.optim.ema_decay is None:
+        raise ValueError("evals.best=ema_top1 needs averaged weights; add --optim.ema-decay 0.9999")
+    smoothing = recipe.augment.label_smoothing
+    if recipe.loss.name == "bce" and recipe.loss.target == "threshold" and recipe.loss.threshold == 0 and smoothing > 0:
+        raise ValueError(
+            f"loss.threshold=0 with augment.label_smoothing={smoothing} makes every class of every image positive; use "
+            "--loss.threshold 0.2, --loss.target binarize, or --augment.label-smoothing 0"
+        )
+
+
 def check_classifier(recipe: ClassifierRecipe) -> None:
     """Refuse what makes no sense before anything is opened or made.
 
     Raises:
         ValueError: the first rule that is broken, with the values and the remedy.
     """
-    check(recipe)
+    check_labelled(recipe)
     if recipe.cached_features and recipe.trainable_blocks != 0:
         raise ValueError(
             f"cached_features=True trains a head on frozen features, but trainable_blocks={recipe.trainable_blocks}; "
@@ -187,23 +265,13 @@ def check_classifier(recipe: ClassifierRecipe) -> None:
         raise ValueError(
             "augment.mixup and augment.cutmix mix pixels, and cached_features=True has none; set both to 0"
         )
-    if recipe.mixes_pairs and recipe.global_batch % 2:
+    if recipe.cached_features and max(recipe.data.repeats, recipe.data.repeat_augment) > 1:
+        name = "repeats" if recipe.data.repeats > 1 else "repeat_augment"
+        times = getattr(recipe.data, name)
         raise ValueError(
-            f"global_batch={recipe.global_batch} is odd, and mixup and cutmix mix pairs of images; use "
-            f"{recipe.global_batch + 1}"
+            f"data.{name}={times} augments each image several times, and cached_features=True does not augment; leave "
+            "it out"
         )
-    if recipe.data.repeats > 1 and recipe.cached_features:
-        raise ValueError(
-            f"data.repeats={recipe.data.repeats} augments each image several times, and cached_features=True does not "
-            "augment; leave it out"
-        )
-    if recipe.mixes_pairs and recipe.data.repeats % 2 == 0:
-        raise ValueError(
-            f"data.repeats={recipe.data.repeats} is even: mixup and cutmix would mix each image with itself, since "
-            "partners are half a batch apart; use an odd number, or set augment.mixup and augment.cutmix to 0"
-        )
-    if recipe.evals.best == "ema_top1" and recipe.optim.ema_decay is None:
-        raise ValueError("evals.best=ema_top1 needs averaged weights; add --optim.ema-decay 0.9999")
     if recipe.optim.ema_decay is not None and recipe.model.head == "batchnorm":
         raise ValueError(
             f"optim.ema_decay={recipe.optim.ema_decay} does not average the statistics of model.head=batchnorm; leave "

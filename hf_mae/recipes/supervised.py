@@ -1,8 +1,8 @@
 """Supervised recipes for timm's models: "ResNet strikes back" (RSB), and the ReXNet bird classifier.
 
-Sources of the RSB numbers: Wightman, Touvron, Jegou 2021 (arXiv 2110.00476) as restated by mmpretrain's, openmixup's and
-PaddleClas' configurations, and the results of timm's released weights (`results-imagenet*.csv`). What no source states
-is named in `source` as ours.
+Sources of the RSB numbers: Wightman, Touvron, Jegou 2021 (arXiv 2110.00476) as restated by the configurations of
+mmpretrain, openmixup and PaddleClas, and the results of timm's released weights (`results-imagenet*.csv`). What no
+source states is named in `source` as ours.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ _PAPER = {"a1": "80.4", "a2": "79.8", "a3": "78.1"}
 
 
 def _procedure(architecture: str, procedure: str) -> SuperviseRecipe:
-    recipe, numbers = PROCEDURES[procedure], RESULTS[architecture]["a1 a2 a3".split().index(procedure)]
+    recipe, numbers = PROCEDURES[procedure], RESULTS[architecture][list(PROCEDURES).index(procedure)]
     paper = f"paper: {_PAPER[procedure]} %; " if architecture == "resnet50" else ""
     return replace(
         recipe,
@@ -210,7 +210,7 @@ def _family(name: str) -> SuperviseRecipe:
 _T2 = replace(
     _A2,
     name="deit-s-t2",
-    source="Wightman et al. 2021, T2 (DeiT-S, 300 epochs); not published: every number but the epochs (here: A2's, AdamW)",
+    source="Wightman et al. 2021, T2 (DeiT-S, 300 epochs); not published: all but the epochs (here: A2's, AdamW)",
     expected="paper: 80.4 % (DeiT-S of Touvron et al. 2021: 79.8 %)",
     model=TimmModel(architecture="deit_small_patch16_224", drop_path_rate=0.05),
     optim=ClassifierOptim(base_lr=5e-4, weight_decay=0.05),
@@ -227,7 +227,7 @@ _ROTATE = (15.0, 25.0)
 _PLAIN = ClassifierAugment(crop="resize", flip=False, label_smoothing=0.06)
 _PUBLISHED = SuperviseRecipe(
     name="rexnet-birds-published-effective",
-    source=f"{_BIRD_SOURCE}, as the printed code runs: the validation transform reached both splits, nothing is augmented",
+    source=f"{_BIRD_SOURCE}, as the printed code runs: validation's transform reached both splits, nothing augments",
     expected="slides: validation .928 on 5 % (one run, best epoch, not comparable); test rank 'disappointing'",
     seed=3334,
     epochs=46,
@@ -252,8 +252,8 @@ BIRD_AUGMENTS: dict[str, ClassifierAugment] = {
     "auto-augment": replace(_PLAIN, flip=True, auto_augment="original"),
     "rand-augment": replace(_PLAIN, flip=True, rand_augment="rand-m9-mstd0.5"),
 }
-"""The slides' pipelines in their order, and two of timm's. (a) differs from (b) by its 64 pixels alone. In (d) the slides
-erase before AutoAugment; here erasing is always last."""
+"""The slides' pipelines in their order, and two of timm's. (a) differs from (b) by its 64 pixels alone. In (d) the
+slides erase before AutoAugment; here erasing is always last."""
 for _name in "abcdef":
     BIRD_AUGMENTS[_name] = replace(BIRD_AUGMENTS[_name], rotate_resample="nearest", rotate_fill="black")
 
@@ -278,7 +278,7 @@ _FINETUNE_VAL = replace(
 _CORRECTED = replace(
     _PUBLISHED,
     name="rexnet-birds-corrected",
-    source="ours: the slides' model and loss with a stratified split, one rotation, mean colour, cosine, averaged weights",
+    source="ours: the slides' model and loss; stratified split, one rotation, mean colour, cosine, averaged weights",
     expected="not measured on the 400 species; on 72 see benchmarks/README.md",
     seed=0,
     epochs=50,
@@ -328,8 +328,8 @@ _DIGITS = replace(
 
 # ------------------------------------------------------------------------------------------------ transfer
 
-# Wightman et al. 2021, Table 5: seven data sets, fine-tuned as DeiT does, tuned for each; A1's numbers are on Papers with
-# Code for three of them. lr, epochs and batch of each data set were never published.
+# Wightman et al. 2021, Table 5: seven data sets, fine-tuned as DeiT does, tuned for each; A1's numbers are on Papers
+# with Code for three of them. lr, epochs and batch of each data set were never published.
 _FINETUNED = replace(
     _SMALL,
     source="",

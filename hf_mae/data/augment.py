@@ -1,9 +1,9 @@
-"""From decoded pictures to samples of one size: crops, flip, jitter, RandAugment and erasing without a generator.
+"""From decoded pictures to samples of one size: crops, flips, rotations, colours and erasing without a generator.
 
 Every random choice comes from a row of uniforms that the caller draws (`hf_mae.data.order.uniforms`), so a sample is a
-function of its place in the stream. The random resized crop is torchvision's, try for try. Of RandAugment the pictures
-are made by timm's operations; which ones, and how strong, is drawn here: timm draws from the global generators, which
-threads share and nobody can resume.
+function of its place in the stream. The random resized crop is torchvision's, try for try. Of RandAugment and
+AutoAugment the pictures are made by timm's operations; which ones, and how strong, is drawn here: timm draws from the
+global generators, which threads share and nobody can resume.
 """
 
 from __future__ import annotations
@@ -22,23 +22,34 @@ from PIL import Image, ImageEnhance
 
 from hf_mae.data.images import Pixels, center, decode_rows, open_image, resize, resize_to_cover, to_array
 from hf_mae.data.order import mix
-from hf_mae.data.rand_augment import parse_rand_augment
+from hf_mae.data.rand_augment import (
+    AUTO_AUGMENT_DRAWS,
+    DRAWS,
+    MAX_LAYERS,
+    auto_augment,
+    fill_colour,
+    parse_rand_augment,
+)
 from hf_mae.recipes.base import Augment
 
 Uniforms = Sequence[float] | npt.NDArray[np.float64]
 
 # Four uniforms for each try of a random resized crop (area, aspect, top, left), then flip and the three jitters; then
-# whether to erase, four for each try of a rectangle, and the key of its noise; then RandAugment.
+# whether to erase, four for each try of a rectangle, and the key of its noise; then RandAugment, which has room for its
+# most layers; vertical flip, AutoAugment, and the rotations.
 CROP_TRIES = 10
 FLIP = 4 * CROP_TRIES
 JITTER = FLIP + 1
 NUM_UNIFORMS = JITTER + 3
-"""How many uniforms a recipe without erasing and RandAugment may use: the numbers of one choice never depend on another
-choice."""
+"""How many uniforms a recipe with nothing but a crop, a flip and jitter may use: the numbers of one choice never depend
+on another choice."""
 ERASE = NUM_UNIFORMS
 ERASE_TRIES = 10
 ERASE_NOISE = ERASE + 1 + 4 * ERASE_TRIES
 RAND_AUGMENT = ERASE_NOISE + 1
+VERTICAL_FLIP = RAND_AUGMENT + DRAWS * MAX_LAYERS
+AUTO_AUGMENT = VERTICAL_FLIP + 1
+ROTATE = AUTO_AUGMENT + AUTO_AUGMENT_DRAWS
 
 # timm's RandomErasing (Zhong et al. 2020), with its defaults.
 ERASE_AREA = (0.02, 1 / 3)
@@ -56,12 +67,18 @@ def check_augment(augment: Augment) -> None:
         parse_rand_augment(augment.rand_augment)
     if not 0 <= augment.erase_prob <= 1:
         raise ValueError(f"augment.erase_prob={augment.erase_prob} must lie in [0, 1]; the official code uses 0.25")
-    if augment.erase_prob and min(augment.std) <= 0:
+    if augment.erase_prob and augment.erase_fill == "noise" and min(augment.std) <= 0:
         raise ValueError(f"augment.std={augment.std} must be above 0: erasing fills with noise of this deviation")
 
 
 def num_uniforms(augment: Augment) -> int:
     """Count the uniforms that a sample of this recipe may use."""
+    if augment.rotate:
+        return ROTATE + len(augment.rotate)
+    if augment.auto_augment is not None:
+        return ROTATE
+    if augment.vertical_flip:
+        return AUTO_AUGMENT
     if augment.rand_augment is not None:
         return RAND_AUGMENT + parse_rand_augment(augment.rand_augment).num_uniforms
     return RAND_AUGMENT if augment.erase_prob else NUM_UNIFORMS
@@ -73,7 +90,8 @@ def num_uniforms(augment: Augment) -> int:
 def augment_image(image: Image.Image, u: Uniforms, size: tuple[int, int], augment: Augment) -> Pixels:
     """Make a sample of a decoded picture: a pure function of the picture, the uniforms and the recipe.
 
-    In timm's order: crop and resize, flip, RandAugment, jitter, erasing. The jitter is in the fixed order brightness,
+    In this order: crop and resize, flips, AutoAugment, RandAugment, rotations, jitter, erasing; it is timm's, which has
+    no rotations of their own. The jitter is in the fixed order brightness,
     contrast, saturation (torchvision draws the order too), each factor uniform in [1 - color_jitter, 1 + color_jitter],
     not below 0.
 
@@ -93,7 +111,9 @@ def augment_image(image: Image.Image, u: Uniforms, size: tuple[int, int], augmen
         image = _crop_resized(image, u, size, augment)
     if augment.flip and u[FLIP] < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = to_array(_jitter(_rand_augment(image, u, augment), u, augment))
+    if augment.vertical_flip and u[VERTICAL_FLIP] < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    pixels = to_array(_transform(image, u, augment))
     if augment.erase_prob:
         pixels = pixels.copy()
         erase(pixels, u, augment)
@@ -137,9 +157,10 @@ def sample_pixels(
             part = np.asarray(_crop_resized(Image.fromarray(pixels), u, (height, width), augment))
         if augment.flip and u[FLIP] < 0.5:
             part = part[:, ::-1]
-        if augment.rand_augment is not None or augment.color_jitter:
-            picture = Image.fromarray(np.ascontiguousarray(part))
-            part = np.asarray(_jitter(_rand_augment(picture, u, augment), u, augment))
+        if augment.vertical_flip and u[VERTICAL_FLIP] < 0.5:
+            part = part[::-1]
+        if augment.rand_augment or augment.auto_augment or augment.rotate or augment.color_jitter:
+            part = np.asarray(_transform(Image.fromarray(np.ascontiguousarray(part)), u, augment))
         sample[:] = part if channels == 1 else part.transpose(2, 0, 1)
         if augment.erase_prob:
             erase(sample, u, augment)
@@ -162,11 +183,13 @@ def _bottom(draws: npt.NDArray[np.float64], augment: Augment) -> Callable[[int, 
 
 def is_boxed(augment: Augment) -> bool:
     """Say whether the crop is a box of the picture, resized; otherwise the picture is resized, then cropped."""
-    return augment.crop in ("random-resized", "clamped")
+    return augment.crop in ("random-resized", "clamped", "resize")
 
 
 def crop_box(u: Uniforms, height: int, width: int, augment: Augment) -> tuple[int, int, int, int]:
-    """Choose the box of a random resized or clamped crop: (top, left, height, width) in pixels."""
+    """Choose the box of the picture that is resized: (top, left, height, width) in pixels."""
+    if augment.crop == "resize":
+        return 0, 0, height, width
     choose = clamped_crop_box if augment.crop == "clamped" else random_resized_crop_box
     return choose(u, height, width, augment.scale, augment.ratio)
 
@@ -265,10 +288,23 @@ def _resize_fast(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 # ------------------------------------------------------------------------------------------------ colours and noise
 
 
-def _rand_augment(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:
-    if augment.rand_augment is None:
-        return image
-    return parse_rand_augment(augment.rand_augment)(image, u[RAND_AUGMENT:], augment.mean)
+def _transform(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:
+    """Do all that comes between the flips and erasing; the size stays."""
+    if augment.auto_augment is not None:
+        image = auto_augment(image, augment.auto_augment, u[AUTO_AUGMENT:ROTATE], augment.mean)
+    if augment.rand_augment is not None:
+        image = parse_rand_augment(augment.rand_augment)(image, u[RAND_AUGMENT:VERTICAL_FLIP], augment.mean)
+    return _jitter(_rotate(image, u, augment), u, augment)
+
+
+def _rotate(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:
+    """Rotate by each of `augment.rotate` in turn, about the middle; every rotation reads the picture anew."""
+    resample = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}[augment.rotate_resample]
+    black = augment.rotate_fill == "black"
+    fill = fill_colour([0.0] * len(augment.mean) if black else augment.mean)
+    for i, limit in enumerate(augment.rotate):
+        image = image.rotate(limit * (2 * float(u[ROTATE + i]) - 1), resample, fillcolor=fill)
+    return image
 
 
 def _jitter(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:
@@ -280,16 +316,16 @@ def _jitter(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:
 
 
 def erase(pixels: Pixels, u: Uniforms, augment: Augment) -> None:
-    """Fill a rectangle with noise, in place, in a share `erase_prob` of the samples: timm's `RandomErasing`, `pixel`.
+    """Fill a rectangle, in place, in a share `erase_prob` of the samples: timm's `RandomErasing`.
 
-    Differs from timm: there the noise, N(0, 1) for each pixel and channel, is written after normalisation; here, where
-    samples are bytes, noise * std + mean is, rounded to 1/255 and cut to [0, 1]. With ImageNet's numbers 1.7% to 3.8%
-    of the values are cut at each end.
+    The noise is that of its mode `pixel`. Differs from timm: there the noise, N(0, 1) for each pixel and channel, is
+    written after normalisation; here, where samples are bytes, noise * std + mean is, rounded to 1/255 and cut to
+    [0, 1]. With ImageNet's numbers 1.7% to 3.8% of the values are cut at each end.
 
     Args:
         pixels: uint8 [C, H, W].
         u: `num_uniforms(augment)` uniforms in [0, 1).
-        augment: gives `erase_prob`, and `mean` and `std` of the channels.
+        augment: gives `erase_prob`, `erase_fill`, and `mean` and `std` of the channels.
     """
     if u[ERASE] >= augment.erase_prob:
         return
@@ -298,6 +334,10 @@ def erase(pixels: Pixels, u: Uniforms, augment: Augment) -> None:
     if box is None:
         return
     top, left, h, w = box
+    if augment.erase_fill != "noise":
+        colour = augment.mean if augment.erase_fill == "mean" else [0.0] * channels
+        pixels[:, top : top + h, left : left + w] = np.reshape(fill_colour(colour), (-1, 1, 1))
+        return
     key = int(float(u[ERASE_NOISE]) * 2**53)
     words = mix(key, np.arange(-(-channels * h * w // 4), dtype=np.uint64))
     bits = words.astype("<u8").view("<u2")[: channels * h * w].reshape(channels, h, w)

@@ -66,7 +66,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         check_augment(self.augment)
-        if self.augment.rand_augment is not None:
+        if self.augment.rand_augment is not None or self.augment.auto_augment is not None:
             operations()  # before any worker is forked, or each would import them anew
 
     @property

@@ -1,4 +1,7 @@
-"""RandAugment (Cubuk et al. 2020) as timm has it: its syntax and its operations, with draws of our own."""
+"""RandAugment (Cubuk et al. 2020) and AutoAugment (Cubuk et al. 2019) as timm has them, with draws of our own.
+
+timm gives the operations, the policies of AutoAugment and the syntax of RandAugment.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +22,10 @@ LEVELS = 10
 
 # The draws of one layer: which operation, whether to apply it, how strong, in which direction.
 DRAWS = 4
+MAX_LAYERS = 16
+
+AUTO_AUGMENT_DRAWS = 5
+"""Of AutoAugment: which pair of operations, then of each whether to apply it and in which direction."""
 
 _COMMON = ("AutoContrast", "Equalize", "Invert", "Rotate")
 _GEOMETRIC = ("ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
@@ -127,8 +135,8 @@ def parse_rand_augment(text: str) -> RandAugment:
         raise ValueError(f"{named}: inc must be 0 or 1, not {values['inc']}")
     if chosen.prob > 1:
         raise ValueError(f"{named}: p={chosen.prob} is above 1, and it is a probability")
-    if not 1 <= chosen.layers <= 16:
-        raise ValueError(f"{named}: n={chosen.layers} must lie in 1 to 16; 2 is usual")
+    if not 1 <= chosen.layers <= MAX_LAYERS:
+        raise ValueError(f"{named}: n={chosen.layers} must lie in 1 to {MAX_LAYERS}; 2 is usual")
     if chosen.magnitude > chosen.magnitude_max:
         raise ValueError(
             f"{named}: m={chosen.magnitude} is above mmax={chosen.magnitude_max}, which cuts it; use "
@@ -137,23 +145,60 @@ def parse_rand_augment(text: str) -> RandAugment:
     return chosen
 
 
+def auto_augment(
+    image: Image.Image,
+    policy: Literal["original", "v0"],
+    u: Sequence[float] | npt.NDArray[np.float64],
+    mean: Sequence[float],
+) -> Image.Image:
+    """Apply one of a policy's pairs of operations, each with its own probability and strength.
+
+    Args:
+        image: in mode RGB or L.
+        policy: as timm names it: of the paper, or of TensorFlow's EfficientNet.
+        u: `AUTO_AUGMENT_DRAWS` uniforms in [0, 1): which pair, then application and sign of each operation.
+        mean: as in `RandAugment`.
+
+    Returns:
+        A picture of the same mode and size.
+    """
+    pairs = _policy(policy)
+    for i, (name, prob, level) in enumerate(pairs[int(float(u[0]) * len(pairs))]):
+        if u[1 + 2 * i] < prob:
+            image = apply_op(image, name, level, negative=bool(u[2 + 2 * i] >= 0.5), mean=mean)
+    return image
+
+
+@cache
+def _policy(name: str) -> tuple[tuple[tuple[str, float, float], ...], ...]:
+    """Read timm's table: (operation, probability, strength) of each of 25 pairs."""
+    from timm.data.auto_augment import auto_augment_policy
+
+    return tuple(tuple((op.name, op.prob, float(op.magnitude)) for op in pair) for pair in auto_augment_policy(name))
+
+
+def fill_colour(mean: Sequence[float]) -> int | tuple[int, ...]:
+    """Return a colour in [0, 1] as Pillow takes it for pictures of so many channels."""
+    fill = [min(255, round(255 * x)) for x in mean]
+    return tuple(fill) if len(fill) > 1 else fill[0]
+
+
 def apply_op(image: Image.Image, name: str, level: float, *, negative: bool, mean: Sequence[float]) -> Image.Image:
     """Apply one of timm's operations at a strength.
 
     Args:
         image: in mode RGB or L.
-        name: from `OPS` or `INCREASING_OPS`.
+        name: from `OPS` or `INCREASING_OPS`, or `PosterizeOriginal`.
         level: strength on the scale of `LEVELS`.
         negative: turn, shear, shift or fade the other way.
         mean: as in `RandAugment`.
     """
-    fill = [min(255, round(255 * x)) for x in mean]
     return operations()[name](
         image,
         *op_arguments(name, level, negative=negative),
         # One number, not a choice of two: timm would draw it.
         resample=Image.Resampling.BICUBIC,
-        fillcolor=tuple(fill) if len(fill) > 1 else fill[0],
+        fillcolor=fill_colour(mean),
     )
 
 
@@ -168,6 +213,8 @@ def operations() -> Mapping[str, Callable[..., Image.Image]]:
 def op_arguments(name: str, level: float, *, negative: bool) -> tuple[float, ...]:
     """Turn a strength into what an operation takes, as timm's table does: degrees, a factor, a threshold, bits."""
     part, sign = level / LEVELS, -1 if negative else 1
+    if name == "PosterizeOriginal":
+        return (int(part * 4) + 4,)  # bits kept, 4 to 8: of AutoAugment's paper
     base, increasing = name.removesuffix("Increasing"), name.endswith("Increasing")
     if base in ("AutoContrast", "Equalize", "Invert"):
         return ()

@@ -1,4 +1,4 @@
-"""Crops, RandAugment and erasing against torchvision, timm and the official draws; all from the sample's uniforms."""
+"""Crops, rotations, operations and erasing against torchvision, timm and the official draws; all from uniforms."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data import auto_augment, random_erasing
 
 from hf_mae.data.augment import (
+    AUTO_AUGMENT,
     CROP_TRIES,
     ERASE,
     ERASE_NOISE,
@@ -22,6 +23,8 @@ from hf_mae.data.augment import (
     JITTER,
     NUM_UNIFORMS,
     RAND_AUGMENT,
+    ROTATE,
+    VERTICAL_FLIP,
     augment_image,
     check_augment,
     clamped_crop_box,
@@ -147,7 +150,7 @@ def test_fixed_crop_reaches_every_corner():
     assert np.array_equal(augment_image(image, u, (224, 224), augment), pixels[:, 32:, 32:])
 
 
-@pytest.mark.parametrize("crop", ["random-resized", "clamped", "fixed", "center"])
+@pytest.mark.parametrize("crop", ["random-resized", "clamped", "fixed", "center", "resize"])
 @pytest.mark.parametrize("shape", [(5000, 1), (1, 5000), (1, 1), (2, 3), (30, 1000)])
 @pytest.mark.parametrize("size", [(224, 224), (32, 64)])
 def test_extreme_shapes_give_the_asked_size(crop, shape, size, monkeypatch):
@@ -229,7 +232,7 @@ def test_operations_and_their_arguments_are_the_golden_ones(goldens):
     assert len(table) == 8
 
 
-@pytest.mark.parametrize("name", sorted({*OPS, *INCREASING_OPS}))
+@pytest.mark.parametrize("name", sorted({*OPS, *INCREASING_OPS, "PosterizeOriginal"}))
 def test_arguments_are_those_of_timm_at_every_level(name, monkeypatch):
     level_fn = auto_augment.LEVEL_TO_ARG[name]
     for coin in (0.2, 0.8):
@@ -434,13 +437,121 @@ def test_shares_outside_zero_to_one_are_refused():
         check_augment(Augment(erase_prob=0.1, std=(0.2, 0.0, 0.2)))
 
 
+@pytest.mark.parametrize("channels", [3, 1])
+def test_a_box_is_filled_with_the_mean_or_with_black(channels):
+    mean = (0.485, 0.456, 0.406)[:channels]
+    for fill, colour in (("mean", [round(255 * x) for x in mean]), ("black", [0] * channels)):
+        before, after, (top, left, h, w) = erased(channels=channels, erase_fill=fill, mean=mean)
+        inside = after[:, top : top + h, left : left + w]
+        assert [np.unique(c).tolist() for c in inside] == [[value] for value in colour]
+        outside = np.ones((32, 32), bool)
+        outside[top : top + h, left : left + w] = False
+        assert np.array_equal(after[:, outside], before[:, outside])
+
+
+# ------------------------------------------------------------------------------------------------ whole pictures
+
+
+@pytest.mark.parametrize("decoder", ["exact", "fast"])
+def test_a_resized_picture_is_whole_and_untouched_at_its_own_size(decoder):
+    augment, data = Augment(crop="resize", flip=False), picture(3, "PNG", side=24)
+    image, u = decode_image(data), np.random.default_rng(0).random((1, NUM_UNIFORMS))
+    for height, width in ((24, 24), (12, 18), (40, 30)):
+        expected = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        assert np.array_equal(augment_image(image, u[0], (height, width), augment), expected)
+        out = np.zeros((1, 3, height, width), np.uint8)
+        sample_pixels(data, u, out, augment, decoder=decoder)
+        exact = decoder == "exact" or (height, width) == (24, 24)
+        assert np.abs(out[0].astype(int) - expected).max() <= (0 if exact else 2)
+
+
+def test_the_vertical_flip_is_drawn_by_itself():
+    augment = Augment(crop="resize", vertical_flip=True)
+    image, u = noise(12, 10), np.full(num_uniforms(augment), 0.7)
+    plain = np.asarray(image).transpose(2, 0, 1)
+    assert np.array_equal(augment_image(image, u, (12, 10), augment), plain)
+    u[VERTICAL_FLIP] = 0.49
+    assert np.array_equal(augment_image(image, u, (12, 10), augment), plain[:, ::-1])
+    u[FLIP] = 0.49
+    assert np.array_equal(augment_image(image, u, (12, 10), augment), plain[:, ::-1, ::-1])
+
+
+@pytest.mark.parametrize("resample", ["nearest", "bilinear"])
+def test_rotations_are_torchvisions_one_after_the_other(resample):
+    functional = pytest.importorskip("torchvision.transforms.functional", reason="torchvision is not a dependency")
+    augment = Augment(crop="resize", flip=False, rotate=(15.0, 25.0), rotate_resample=resample, rotate_fill="black")
+    image, rng = smooth(40), np.random.default_rng(1)
+    for _ in range(5):
+        u = rng.random(num_uniforms(augment))
+        expected = image
+        for i, limit in enumerate(augment.rotate):
+            angle = -limit + 2 * limit * u[ROTATE + i]
+            mode = functional.InterpolationMode(resample)
+            expected = functional.rotate(expected, angle, interpolation=mode)  # fill 0
+        found = augment_image(image, u, (40, 40), augment)
+        assert np.array_equal(found, np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_corners_that_a_rotation_leaves_have_the_mean_colour_or_are_black():
+    for fill, colour in (("mean", [124, 116, 104]), ("black", [0, 0, 0])):
+        augment = Augment(crop="resize", flip=False, rotate=(45.0,), rotate_fill=fill)
+        u = np.full(num_uniforms(augment), 1 - 2**-53)  # 45 degrees
+        out = augment_image(noise(20, 20), u, (20, 20), augment)
+        assert out[:, 0, 0].tolist() == out[:, -1, -1].tolist() == colour
+        assert out[:, 10, 10].tolist() != colour
+        u[ROTATE] = 0.5  # none at all
+        assert np.array_equal(augment_image(noise(20, 20), u, (20, 20), augment), eval_image(noise(20, 20), (20, 20)))
+
+
+# ------------------------------------------------------------------------------------------------ AutoAugment
+
+
+@pytest.mark.parametrize("policy", ["original", "v0"])
+@pytest.mark.parametrize("channels", [3, 1])
+def test_auto_augment_is_that_of_timm_on_the_same_draws(policy, channels, monkeypatch):
+    mean = (0.485, 0.456, 0.406)[:channels]
+    fill = tuple(round(255 * x) for x in mean) if channels == 3 else round(255 * mean[0])
+    pairs = auto_augment.auto_augment_policy(
+        policy, {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC, "translate_const": 250}
+    )
+    image, rng, changed = smooth(24, channels), np.random.default_rng(7), set()
+    augment = Augment(crop="resize", flip=False, auto_augment=policy, mean=mean)
+    signed = {"Rotate", "ShearX", "ShearY", "TranslateYRel"}
+    for which, pair in enumerate(pairs):
+        for _ in range(3):
+            u = rng.random(num_uniforms(augment))
+            u[AUTO_AUGMENT] = (which + 0.5) / len(pairs)
+            draws = []
+            for op, (apply, sign) in zip(pair, u[AUTO_AUGMENT + 1 : ROTATE].reshape(2, 2).tolist(), strict=True):
+                draws += [apply] * (op.prob < 1.0)
+                draws += [sign] * (op.name in signed and apply < op.prob)
+            numbers = iter(draws)
+            monkeypatch.setattr(auto_augment.random, "random", lambda numbers=numbers: next(numbers))
+            expected = image
+            for op in pair:
+                expected = op(expected)
+            assert not list(numbers)
+            found = augment_image(image, u, (24, 24), augment)
+            assert np.array_equal(found, np.atleast_3d(np.asarray(expected)).transpose(2, 0, 1))
+            changed |= {which} if expected.tobytes() != image.tobytes() else set()
+    assert len(pairs) == 25
+    assert len(changed) > 15
+
+
 # ------------------------------------------------------------------------------------------------ all together
+
+
+FULL = replace(FINETUNE, crop="resize", vertical_flip=True, rotate=(15.0, 25.0), auto_augment="original")
+"""Everything at once."""
 
 
 def test_a_plain_recipe_draws_no_more_and_what_is_appended_changes_no_number():
     places = np.arange(4), np.arange(4) * 7
     assert num_uniforms(Augment(color_jitter=0.4)) == NUM_UNIFORMS == 44
     assert num_uniforms(FINETUNE) == RAND_AUGMENT + 8
+    assert num_uniforms(FULL) == ROTATE + 2
+    all_of_it = uniforms(num_uniforms(FULL), 3, *places)
+    assert np.array_equal(all_of_it[:, : RAND_AUGMENT + 8], uniforms(num_uniforms(FINETUNE), 3, *places))
     many = uniforms(num_uniforms(FINETUNE), 3, *places)
     assert np.array_equal(many[:, :NUM_UNIFORMS], uniforms(NUM_UNIFORMS, 3, *places))
     image, off = smooth(40), replace(FINETUNE, rand_augment=None, erase_prob=0.0)
@@ -453,10 +564,10 @@ def test_a_plain_recipe_draws_no_more_and_what_is_appended_changes_no_number():
 
 @pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize("crop", ["random-resized", "clamped", "fixed"])
+@pytest.mark.parametrize("crop", ["random-resized", "clamped", "fixed", "resize"])
 def test_samples_are_bit_equal_to_augmenting_the_decoded_picture(kind, channels, crop):
     mean = (0.485, 0.456, 0.406)[:channels]
-    augment = replace(FINETUNE, crop=crop, color_jitter=0.2, erase_prob=0.5, mean=mean, std=(0.2,) * channels)
+    augment = replace(FULL, crop=crop, color_jitter=0.2, erase_prob=0.5, mean=mean, std=(0.2,) * channels)
     data, draws = picture(5, kind, side=50), np.random.default_rng(2).random((12, num_uniforms(augment)))
     out = np.zeros((12, channels, 24, 20), np.uint8)
     sample_pixels(data, draws, out, augment)
@@ -466,11 +577,11 @@ def test_samples_are_bit_equal_to_augmenting_the_decoded_picture(kind, channels,
 
 def test_no_global_generator_is_touched_and_threads_change_no_bit():
     data = picture(5, side=50)
-    draws = np.random.default_rng(2).random((40, num_uniforms(FINETUNE)))
+    draws = np.random.default_rng(2).random((40, num_uniforms(FULL)))
 
     def make(u):
         out = np.zeros((1, 3, 24, 24), np.uint8)
-        sample_pixels(data, u[None], out, FINETUNE)
+        sample_pixels(data, u[None], out, FULL)
         return out.tobytes()
 
     before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()

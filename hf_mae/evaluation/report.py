@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_mae.evaluation.charts import (
+from hf_mae.evaluation.class_charts import (
     draw_attention,
     draw_confusion,
     draw_per_class,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from hf_mae.recipes.base import Optim
 from hf_mae.recipes.classification import ClassifierOptim
+from hf_mae.training.tasks import ImageTask
 
 TOKENS = ("cls_token", "mask_token", "encoder_mask_token")
 
@@ -76,6 +78,7 @@ def layer_decay_groups(
     weight_decay: float,
     layer_decay: float,
     decay_tokens: bool = False,
+    decay_vectors: bool = False,
 ) -> list[dict[str, Any]]:
     """Split trainable parameters by layer, and each layer into what is decayed and what is not.
 
@@ -88,6 +91,7 @@ def layer_decay_groups(
         weight_decay: of the matrices.
         layer_decay: the head has the whole learning rate, each layer below this fraction of the one above it.
         decay_tokens: decay the cls token and the positions.
+        decay_vectors: decay everything.
 
     Returns:
         Groups for a torch optimizer in the order of their first parameters, each with `params`, `names`, `name`
@@ -100,6 +104,7 @@ def layer_decay_groups(
         name = name.removeprefix("model.")
         layer = layer_of(name, num_layers)
         exempt = parameter.ndim == 1 or (not decay_tokens and name in (*TOKENS, "pos_embed"))
+        exempt = exempt and not decay_vectors
         key = f"layer_{layer}_{'no_decay' if exempt else 'decay'}"
         group = groups.setdefault(
             key,
@@ -116,46 +121,128 @@ def layer_decay_groups(
     return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, optim: ClassifierOptim, *, num_layers: int) -> torch.optim.Optimizer:
+def timm_groups(model: nn.Module, optim: ClassifierOptim) -> list[dict[str, Any]]:
+    """Split the trainable parameters of a timm model by timm's own rules.
+
+    Vectors and biases are not decayed, and neither is what the model itself exempts (`no_weight_decay`: cls token and
+    positions of its transformers) unless `optim.decay_tokens`. Layers are those of the model's `group_matcher`.
+
+    Args:
+        model: a timm model.
+        optim: weight decay, layer-wise lr decay, and what is exempt.
+
+    Returns:
+        Groups as of `layer_decay_groups`, without `names`. Without layer-wise decay all are of "layer_0". With
+        `optim.decay_vectors` everything is decayed.
+    """
+    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay  # slow to import
+
+    # Only some architectures have a say: timm itself asks in this way.
+    exempt = set() if optim.decay_tokens else getattr(model, "no_weight_decay", set)()
+    # By a decay of 1 decayed groups are told from others, whatever the decay is meant to be.
+    if optim.layer_decay < 1:
+        found = param_groups_layer_decay(model, 1.0, no_weight_decay_list=exempt, layer_decay=optim.layer_decay)
+    else:
+        found = param_groups_weight_decay(model, 1.0, no_weight_decay_list=exempt)
+    found = [group for group in found if group["params"]]
+    scales = sorted({group.get("lr_scale", 1.0) for group in found})
+    groups: dict[str, dict[str, Any]] = {}
+    for group in found:
+        scale, decayed = group.get("lr_scale", 1.0), optim.decay_vectors or group["weight_decay"] > 0
+        name = f"layer_{scales.index(scale)}_{'decay' if decayed else 'no_decay'}"
+        empty = {"name": name, "lr_scale": scale, "weight_decay": optim.weight_decay if decayed else 0.0, "params": []}
+        groups.setdefault(name, empty)["params"] += group["params"]
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, optim: ClassifierOptim, *, num_layers: int | None) -> torch.optim.Optimizer:
     """Build the optimizer of a classifier over its trainable parameters; the loop sets the lr before every update.
 
-    Each group keeps its `name` and the `lr_scale` by which the loop multiplies the lr.
+    Each group keeps its `name` and the `lr_scale` by which the loop multiplies the lr. LAMB does not clip: the loop's
+    `clip_grad` does, by the norm over all ranks.
 
     Args:
         model: the model, or the task that holds it.
         optim: which optimizer, and its numbers.
-        num_layers: blocks of the encoder.
+        num_layers: blocks of an encoder of ours; None is a timm model, which knows its layers.
 
     Raises:
-        ValueError: every parameter is frozen.
+        ValueError: every parameter is frozen, or the numbers contradict each other.
     """
+    _check(optim)
     lars = optim.name == "lars"
-    groups = layer_decay_groups(
-        model.named_parameters(),
-        num_layers=num_layers,
-        weight_decay=optim.weight_decay,
-        layer_decay=optim.layer_decay,
-        decay_tokens=optim.decay_tokens or lars,  # LARS asks for the number of dimensions alone
-    )
+    if num_layers is None:
+        groups = timm_groups(model.model if isinstance(model, ImageTask) else model, optim)
+    else:
+        groups = layer_decay_groups(
+            model.named_parameters(),
+            num_layers=num_layers,
+            weight_decay=optim.weight_decay,
+            layer_decay=optim.layer_decay,
+            decay_tokens=optim.decay_tokens or lars,  # LARS asks for the number of dimensions alone
+            decay_vectors=optim.decay_vectors,
+        )
+        for group in groups:
+            del group["names"]
     if not groups:
         raise ValueError("every parameter is frozen, so there is nothing to train; raise --trainable-blocks")
-    for group in groups:
-        del group["names"]
-    if lars:
-        from timm.optim.lars import Lars  # slow to import
+    optimizer = _lars(groups, optim) if lars else _optimizer(groups, optim)
+    if optim.agc is not None:
+        # All but the last layer, as in timm's training script (Brock et al. 2021, section 4.1).
+        clipped = list(model.parameters())[:-2]
+        optimizer.register_step_pre_hook(partial(_clip_adaptively, clipped, optim.agc))
+    return optimizer
 
-        for group in groups:
-            # By itself timm adapts no group whose weight decay is 0, and that of the official probe is.
-            group["always_adapt"] = not group["name"].endswith("_no_decay")
-            # The official trust ratio divides by the norm of gradient and decay together, timm's by the sum of both.
-            group["decay_before"], group["weight_decay"] = group["weight_decay"], 0.0
-        momentum: Any = optim.momentum  # which timm takes for an int
-        optimizer = Lars(groups, lr=0.0, momentum=momentum, trust_coeff=0.001, eps=0.0)
-        optimizer.register_step_pre_hook(_decay_before)
-        return optimizer
+
+def _check(optim: ClassifierOptim) -> None:
+    if optim.name == "lars" and optim.decay_vectors:
+        raise ValueError(
+            "optim.decay_vectors=True with optim.name=lars: LARS adapts what is decayed, and would adapt vectors as "
+            "well; leave decay_vectors out"
+        )
+    if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0):
+        raise ValueError(
+            f"optim.nesterov=True needs optim.name=sgd and a momentum above 0, not name={optim.name} and "
+            f"momentum={optim.momentum}; leave it out, or add --optim.name sgd --optim.momentum 0.9"
+        )
+
+
+def _optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.Optimizer:
+    momentum: Any = optim.momentum  # which timm takes for an int
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum)
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=optim.nesterov)
+    if optim.name == "lamb":
+        from timm.optim.lamb import Lamb
+
+        return Lamb(groups, lr=0.0, betas=optim.betas, eps=optim.eps, max_grad_norm=None)
+    if optim.name == "rmsprop":
+        from timm.optim.rmsprop_tf import RMSpropTF
+
+        return RMSpropTF(groups, lr=0.0, alpha=0.9, momentum=momentum, eps=optim.eps)
+    kind = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
+    # A fused optimizer takes the scale of fp16 off the gradients itself: too late for adaptive clipping before it.
+    return kind(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=optim.agc is None)
+
+
+def _lars(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.Optimizer:
+    from timm.optim.lars import Lars
+
+    for group in groups:
+        # By itself timm adapts no group whose weight decay is 0, and that of the official probe is.
+        group["always_adapt"] = not group["name"].endswith("_no_decay")
+        # The official trust ratio divides by the norm of gradient and decay together, timm's by the sum of both.
+        group["decay_before"], group["weight_decay"] = group["weight_decay"], 0.0
+    momentum: Any = optim.momentum
+    optimizer = Lars(groups, lr=0.0, momentum=momentum, trust_coeff=0.001, eps=0.0)
+    optimizer.register_step_pre_hook(_decay_before)
+    return optimizer
+
+
+def _clip_adaptively(parameters: list[nn.Parameter], ratio: float, *step: Any) -> None:
+    """Clip each unit's gradient to `ratio` times the norm of its weights, after `clip_grad` if there is one."""
+    from timm.utils.agc import adaptive_clip_grad
+
+    adaptive_clip_grad(parameters, clip_factor=ratio)
 
 
 @torch.no_grad()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,29 +16,20 @@ from transformers import AutoImageProcessor
 
 from hf_mae.data.augment import check_augment
 from hf_mae.data.cached import FeatureBatches, Features, digest, read_features, write_features
-from hf_mae.data.labels import check_labels
-from hf_mae.data.order import DROP_PATH, Order, uniforms
-from hf_mae.data.sources import SPLIT_NAMES, Source, list_splits, open_source
+from hf_mae.data.order import DROP_PATH, Order
+from hf_mae.data.sources import Source
 from hf_mae.data.whole import WholeSplit
-from hf_mae.evaluation.classification import ClassificationQuality
 from hf_mae.evaluation.features import FrozenFeatures, split_features
-from hf_mae.evaluation.report import Drawing
+from hf_mae.labelled import LabelledTraining, Noise, together
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.recipes.classification import ClassifierRecipe, check_classifier
-from hf_mae.run import Training, last_model, model_folder, progress, run
-from hf_mae.training.best import Best
-from hf_mae.training.checkpoint import TrainState
+from hf_mae.run import model_folder, progress, run
 from hf_mae.training.distributed import full, gather_objects
 from hf_mae.training.loop import Evaluator
-from hf_mae.training.mixing import MixDraws
 from hf_mae.training.monitors import Printer
-from hf_mae.training.optim import MovingAverage, build_optimizer, describe_groups
-from hf_mae.training.schedules import Plan
+from hf_mae.training.optim import MovingAverage, build_optimizer
 from hf_mae.training.tasks import Classification
-
-EVAL_BATCH = 64
-"""Images of an evaluation's forward pass, per process."""
 
 ARCHITECTURE = (
     *("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -65,44 +55,11 @@ def classify(recipe: ClassifierRecipe) -> Path:
     return run(ClassifierTraining(recipe))
 
 
-class ClassifierTraining(Training[ClassifierRecipe]):
+class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
     """An encoder, pretrained or not, and a head; all of it is trained, or the last blocks, or the head alone."""
 
     forward_methods = ("features", "logits", "attention")
-    baseline = "guessing by the frequency of the classes"
-
-    def labels(self, source: Source, say: Printer) -> dict[str, Any]:
-        """Refuse labels that cannot be trained on; find the split to test on."""
-        self.source = source
-        self.test = self._test_split(source, say)
-        classes = check_labels(source, self.test, self.recipe.data)
-        for note in classes.notes:
-            say(note)
-        self.names = list(classes.names)
-        self.num_classes = len(self.names)
-        return {"classes": self.names}
-
-    def _test_split(self, source: Source, say: Printer) -> Source | None:
-        data, evals = replace(self.recipe.data, revision=source.revision), self.recipe.evals  # the same commit
-        usual = [name for kind in ("validation", "test") for name in SPLIT_NAMES[kind]]
-        splits = [evals.split] if evals.split is not None else [s for s in usual if s in list_splits(data)]
-        for split in splits:
-            test = open_source(data, split=split, field="evals.split")
-            if test.where != source.where:
-                say(f"testing on {test.summary().removeprefix('data: ')}")
-                return test
-            if evals.split is not None:
-                raise ValueError(
-                    f"evals.split={split} is what is trained on ({source.where}); testing on it measures memory, name "
-                    "another"
-                )
-        if evals.patience is not None:
-            raise ValueError(
-                f"evals.patience={evals.patience} needs a split to test on and none was found; name one with "
-                "--evals.split, or leave the patience out"
-            )
-        say("no validation or test split was found (--evals.split names one): nothing is measured but the loss")
-        return None
+    load_with: ClassVar[str] = "hf_mae.MAEForImageClassification.from_pretrained"
 
     def build(self, source: Source, resume_from: Path | None, accelerator: Accelerator, say: Printer) -> nn.Module:
         """Return the task: the model of the checkpoint, of the pretrained encoder, or a new one."""
@@ -177,31 +134,12 @@ class ClassifierTraining(Training[ClassifierRecipe]):
         assert isinstance(task, Classification)
         return build_optimizer(task.model, self.recipe.optim, num_layers=self.config.num_hidden_layers)
 
-    def describe(self, optimizer: torch.optim.Optimizer, plan: Plan) -> list[str]:
-        """Return the learning rate of each group."""
-        return describe_groups(optimizer, plan.lr)
-
     def extras(self, images_per_epoch: int) -> Callable[..., Mapping[str, Tensor]] | None:
         """Return what draws stochastic depth and mixing."""
-        recipe, draws = self.recipe, list[Callable[..., Mapping[str, Tensor]]]()
+        draws = self.mixing(images_per_epoch)
         if self.config.drop_path_rate > 0:
-            draws.append(DropPathNoise(2 * self.config.num_hidden_layers, recipe.seed))
-        if recipe.mixes_pairs:
-            draws.append(
-                MixDraws(
-                    recipe.augment,
-                    recipe.seed,
-                    size=self.image_size,
-                    images=recipe.global_batch // recipe.data.repeats,
-                    length=images_per_epoch,
-                    repeats=recipe.data.repeats,
-                )
-            )
-
-        def all_draws(epochs: Any, positions: Any) -> dict[str, Tensor]:
-            return {name: tensor for draw in draws for name, tensor in draw(epochs, positions).items()}
-
-        return all_draws
+            draws.append(Noise("drop_path_noise", 2 * self.config.num_hidden_layers, self.recipe.seed, DROP_PATH))
+        return together(draws)
 
     def sample(self, n: int) -> dict[str, Tensor]:
         """Return n black images of the first class, or n features."""
@@ -217,7 +155,7 @@ class ClassifierTraining(Training[ClassifierRecipe]):
     ) -> list[Evaluator]:
         """Return accuracy and calibration on the test split; for a frozen encoder also neighbours and regression."""
         recipe, evals = self.recipe, self.recipe.evals
-        test = self._whole(self.test, accelerator) if self.test is not None else None
+        test = self.whole(self.test, accelerator) if self.test is not None else None
         neighbours = evals.knn or evals.logistic
         if neighbours and recipe.trainable_blocks != 0:
             say("note: evals.knn and evals.logistic judge frozen features; without --trainable-blocks 0 they are off")
@@ -226,7 +164,7 @@ class ClassifierTraining(Training[ClassifierRecipe]):
         self.cached: Features | None = None
         cached_test: Features | None = None
         if recipe.cached_features or neighbours:
-            self.cached = self._encode(self._whole(self.source, accelerator), inner, out, accelerator, say)
+            self.cached = self._encode(self.whole(self.source, accelerator), inner, out, accelerator, say)
             _limit_bad(self.cached, recipe.data.max_bad_fraction)
             if test is not None:
                 cached_test = self._encode(test, inner, out, accelerator, say)
@@ -241,25 +179,12 @@ class ClassifierTraining(Training[ClassifierRecipe]):
                     logistic=evals.logistic,
                 )
             )
-        self.test_images = test
         if test is not None:
             batches: Any = test
-            drawing = Drawing(self.names, test.picture, test.num_rows, out / "pictures", accelerator)
             if recipe.cached_features and cached_test is not None:
                 rank, world = accelerator.process_index, accelerator.num_processes
                 batches = cached_test.batches(4096, rank=rank, world=world)
-            evaluators.append(
-                ClassificationQuality(
-                    batches,
-                    self.names,
-                    accelerator,
-                    every=recipe.eval_every,
-                    at_start=evals.at_start,
-                    average=average,
-                    out=out,
-                    draw=drawing if evals.pictures else None,
-                )
-            )
+            evaluators.append(self.quality(batches, test, out, average, accelerator))
         return evaluators
 
     def _encode(
@@ -277,18 +202,6 @@ class ClassifierTraining(Training[ClassifierRecipe]):
             )
         return features
 
-    def _whole(self, source: Source, accelerator: Accelerator) -> WholeSplit:
-        return WholeSplit(
-            source,
-            image_size=self.image_size,
-            channels=self.channels,
-            batch=EVAL_BATCH,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            num_workers=max(1, self.recipe.num_workers),
-            max_pixels=self.recipe.data.max_pixels,
-        )
-
     def batches(
         self, order: Order, images_per_epoch: int, cursor: int, accelerator: Accelerator
     ) -> FeatureBatches | None:
@@ -305,65 +218,6 @@ class ClassifierTraining(Training[ClassifierRecipe]):
             world=accelerator.num_processes,
             cursor=cursor,
         )
-
-    def baseline_loss(self, inner: nn.Module) -> float:
-        """Return the entropy of the classes' frequencies, or of even ones where counting means reading the images."""
-        assert isinstance(inner, Classification)
-        labels = self.source.all_labels()
-        if labels is None or not (labels >= 0).any():
-            return math.log(len(self.names))
-        return inner.trivial_loss(torch.from_numpy(labels[labels >= 0]))
-
-    def judge(
-        self, out: Path, task: nn.Module, average: MovingAverage | None, accelerator: Accelerator
-    ) -> Callable[[Mapping[str, float], TrainState], bool] | None:
-        """Return what keeps the best model."""
-        if self.test is None:
-            return None
-        evals = self.recipe.evals
-        return Best(
-            out / "best",
-            metric=evals.best,
-            accelerator=accelerator,
-            task=task,
-            average=average,
-            patience=evals.patience,
-        )
-
-    def report(self, out: Path, rows: list[dict[str, Any]], verdict: str, say: Printer) -> None:
-        """Say what came out, and what to do next."""
-        say(verdict)
-        for name, title in (
-            ("top1", "top-1"),
-            ("ema_top1", "top-1 of the averaged weights"),
-            ("knn_top1", "kNN (k = 20, T = 0.07)"),
-            ("knn_plain_top1", "kNN (k = 20, plain vote)"),
-            ("logistic_top1", "logistic regression"),
-        ):
-            values = [(row[name], row["step"]) for row in rows if name in row]
-            if values:
-                top, step = max(values, key=lambda value: value[0])
-                best = f"; best {top:.4f} at step {step}" if len(values) > 1 else ""
-                say(f"{title}: {values[-1][0]:.4f} on {len(self.names)} classes{best}")
-        if self.test_images is not None and (bad := self.test_images.bad):
-            say(f"warning: {len(bad)} test images of this process cannot be decoded and were left out: {bad[0]} ...")
-        if pictures := sorted((out / "pictures").glob("*.png")):
-            say(f"pictures: {', '.join(p.name for p in pictures)} in {out / 'pictures'}")
-        if model := last_model(out):
-            load = "hf_mae.MAEForImageClassification.from_pretrained"
-            say(f'model: {model}, load it with {load}("{model}")')
-
-
-class DropPathNoise:
-    """Draws stochastic depth for each sample from (seed, epoch, position): {"drop_path_noise": float32 [n, draws]}."""
-
-    def __init__(self, draws: int, seed: int):
-        self.draws, self.seed = draws, seed
-
-    def __call__(self, epochs: np.ndarray, positions: np.ndarray) -> dict[str, Tensor]:
-        """Return the draws of the samples at these places of the stream."""
-        drawn = uniforms(self.draws, self.seed, epochs, positions, DROP_PATH)
-        return {"drop_path_noise": torch.from_numpy(drawn).float()}
 
 
 def encode(

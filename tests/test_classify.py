@@ -19,13 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_mae import MAEForImageClassification
-from hf_mae.classify import DropPathNoise, classify
+from hf_mae.classify import classify
 from hf_mae.cli import main
 from hf_mae.data.cached import FeatureBatches, Features
 from hf_mae.data.loader import Loader
-from hf_mae.data.order import Order
+from hf_mae.data.order import DROP_PATH, Order
 from hf_mae.data.sources import open_source
 from hf_mae.evaluate import evaluate
+from hf_mae.labelled import Noise
 from hf_mae.recipes.base import Augment, Data, Recipe, from_dict
 from hf_mae.recipes.classification import ClassifierEvals, ClassifierRecipe, check_classifier
 from hf_mae.recipes.evaluation import EVALUATIONS
@@ -355,7 +356,7 @@ def test_evaluate_finds_the_numbers_of_training(recipe, tmp_path, capsys):
 
 
 def test_drop_path_depends_on_the_place_in_the_stream_alone():
-    draw = DropPathNoise(4, seed=3)
+    draw = Noise("drop_path_noise", 4, 3, DROP_PATH)
     whole = draw(np.array([0, 0, 1]), np.array([5, 6, 5]))["drop_path_noise"]
     assert torch.equal(whole[1:], draw(np.array([0, 1]), np.array([6, 5]))["drop_path_noise"])
     assert not torch.equal(whole[0], whole[2])

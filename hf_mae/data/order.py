@@ -21,7 +21,7 @@ from hf_mae.recipes.base import Data
 Ints = npt.NDArray[np.int64]
 
 # The second word of every hash says what it is for, so that no two uses share their numbers.
-CHUNKS, ROWS, AUGMENT, NOISE, EXAMPLES, DROP_PATH, MIX = 1, 2, 7, 8, 9, 10, 11
+CHUNKS, ROWS, AUGMENT, NOISE, EXAMPLES, DROP_PATH, MIX, DROPOUT = 1, 2, 7, 8, 9, 10, 11, 12
 
 DEFAULT_LANES = 64
 SINGLE_ROW_WINDOW = 16

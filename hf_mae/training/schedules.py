@@ -1,7 +1,8 @@
 """Learning rate and length of a run, as pure functions: nothing to save, nothing to drift.
 
-Source: He et al. 2022, appendix A.1 (linear warm-up, half-cycle cosine, lr = base_lr * batch / 256). The value is a
-function of the fractional epoch, set once per optimizer update, as in the official code.
+Sources: He et al. 2022, appendix A.1 (linear warm-up, half-cycle cosine, lr = base_lr * batch / 256); timm's
+schedulers (cosine and steps that start with the run, their beginning replaced by the warm-up; one value an epoch).
+The value is set once per optimizer update, as in the official code.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_mae.recipes.base import Recipe
+from hf_mae.recipes.base import Recipe, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +23,37 @@ class Plan:
     lr: float
     """Peak learning rate per update: base_lr * global_batch / 256."""
     min_lr: float
+    schedule: Schedule
+    """Its name, and the numbers that only some schedules have."""
+    scheduled_steps: float
+    """Length the schedule is drawn for: an epoch that ends within an update makes it longer than the run."""
+    scheduled_epoch: float
+    """Updates of an epoch as the schedule counts them: fewer where `max_steps` squeezes it."""
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of update `step` (0-based).
 
-        The first update has lr exactly 0 when there is a warm-up, and the last one stays above `min_lr`: both as in
-        the official schedule.
+        With `cosine` the first update has lr exactly `warmup_lr`, 0 by default, when there is a warm-up, and the last
+        one stays above `min_lr`: both as in the official schedule.
         """
-        if step < self.warmup_steps:
-            return self.lr * step / self.warmup_steps
-        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        at: float = step
+        if self.schedule.per_epoch:
+            at = math.floor(step / self.scheduled_epoch + 1e-9) * self.scheduled_epoch
+        start = self.schedule.warmup_lr
+        if at < self.warmup_steps:
+            return start + (self.lr - start) * at / self.warmup_steps
+        if self.schedule.name == "cosine":
+            return self._cosine((at - self.warmup_steps) / (self.total_steps - self.warmup_steps))
+        if self.schedule.name == "timm-cosine":
+            return self._cosine(at / self.scheduled_steps)
+        if self.schedule.name == "step":
+            falls = math.floor(at / (self.schedule.step_epochs * self.scheduled_epoch) + 1e-9)
+            return self.lr * self.schedule.gamma**falls
+        if self.schedule.name == "exponential":
+            return start * (self.lr / start) ** (at / max(self.total_steps - 1, 1))
+        return self.lr
+
+    def _cosine(self, progress: float) -> float:
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -45,10 +67,11 @@ def make_plan(recipe: Recipe, *, steps_per_epoch: float) -> Plan:
     Raises:
         ValueError: the run has no step, or the warm-up is not shorter than the run.
     """
-    warmup, epochs = recipe.schedule.warmup_epochs, recipe.epochs
+    schedule, epochs = recipe.schedule, recipe.epochs
+    warmup = 0.0 if schedule.name == "exponential" else schedule.warmup_epochs  # which is a warm-up all along
     if not 0 <= warmup < epochs:
         raise ValueError(
-            f"schedule.warmup_epochs={warmup} must be at least 0 and below epochs={epochs}; lower "
+            f"schedule.warmup_epochs={schedule.warmup_epochs} must be at least 0 and below epochs={epochs}; lower "
             "--schedule.warmup-epochs"
         )
     # Whole global batches only: what is left of the last epoch is fewer images than one update takes.
@@ -60,12 +83,16 @@ def make_plan(recipe: Recipe, *, steps_per_epoch: float) -> Plan:
         )
     # Without max_steps the fractional epoch counts, so that a dropped remainder does not bend the schedule.
     warmup_steps = warmup * steps_per_epoch if recipe.max_steps is None else total * warmup / epochs
+    scheduled_epoch = steps_per_epoch if recipe.max_steps is None else total / epochs
     return Plan(
         total_steps=total,
         steps_per_epoch=steps_per_epoch,
         warmup_steps=min(warmup_steps, total - 1e-6),
         lr=recipe.optim.base_lr * recipe.global_batch / 256,
-        min_lr=recipe.schedule.min_lr,
+        min_lr=schedule.min_lr,
+        schedule=schedule,
+        scheduled_steps=epochs * scheduled_epoch,
+        scheduled_epoch=scheduled_epoch,
     )
 
 

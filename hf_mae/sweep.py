@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,12 +19,15 @@ from typing import Any
 from hf_mae.classify import classify
 from hf_mae.data.augment import check_augment
 from hf_mae.data.sources import list_splits, open_source
-from hf_mae.evaluation.charts import draw_partial, draw_seeds
+from hf_mae.evaluation.charts import draw_band, draw_over, draw_partial, draw_seeds, draw_variants
 from hf_mae.models.configuration_mae import MAEConfig
 from hf_mae.models.convert import load_official_checkpoint
 from hf_mae.pretrain import pretrain
 from hf_mae.recipes.base import Recipe, check
-from hf_mae.recipes.classification import ClassifierRecipe, check_classifier
+from hf_mae.recipes.classification import ClassifierRecipe, LabelledRecipe, check_classifier, check_labelled
+from hf_mae.recipes.fields import as_text, check_field, with_field
+from hf_mae.recipes.fields import parse_values as parse_values
+from hf_mae.recipes.supervised import SuperviseRecipe, check_supervise
 from hf_mae.run import model_folder
 from hf_mae.training.checkpoint import write_atomic
 from hf_mae.training.distributed import agree, gather_objects, make_accelerator
@@ -83,7 +87,7 @@ def sweep_partial(
         points = [(float(k), v["mean"], v["sd"]) for k, v in values.items()]
         draw_partial({recipe.name: sorted(points)}, out / "partial.png", depth=depth, reference=reference)
 
-    return _sweep(recipe, runs, out, "trainable blocks", draw, classify, say)
+    return _sweep(recipe.name, runs, out, "trainable blocks", draw, classify, say)
 
 
 def sweep_seeds(
@@ -91,23 +95,24 @@ def sweep_seeds(
 ) -> dict[str, Any]:
     """Train one recipe with n seeds: the recipe's own and those after it. A collective: every process calls it.
 
+    The form of the seed study of Wightman et al. 2021 ("ResNet strikes back", section 4.4): mean, deviation, minimum,
+    maximum and a histogram of the last evaluations, and the band of all evaluations by epoch.
+
     Args:
         recipe: all but `seed` and `out`, under which the runs are put.
         n: how many seeds, at least 2.
-        train: `pretrain` or `classify`; None is the one that fits the recipe.
+        train: `pretrain`, `classify` or `supervise`; None is the one that fits the recipe.
         say: prints a line; None prints to standard error, on the main process.
 
     Returns:
-        As `sweep_partial`, with one value, `all`. A histogram is drawn to `seeds.png`.
+        As `sweep_partial`, with one value, `all`. A histogram is drawn to `seeds.png`, the band to `band.png`.
 
     Raises:
-        ValueError: fewer than two seeds, or as of `classify` and `pretrain`; for all runs before the first, where the
-            recipe, the splits or their labels show it.
+        ValueError: fewer than two seeds, or as of the training; for all runs before the first, where the recipe, the
+            splits or their labels show it.
     """
     if n < 2:
         raise ValueError(f"n={n} seeds have no deviation; use at least 2")
-    if train is None:
-        train = classify if isinstance(recipe, ClassifierRecipe) else pretrain
     out = Path(recipe.out or f"runs/{recipe.name}-seeds")
     runs = {
         ("all", seed): replace(recipe, out=str(out / f"seed_{seed}"), seed=seed)
@@ -118,41 +123,157 @@ def sweep_seeds(
         numbers = [run["last"] for run in values["all"]["runs"]]
         if len(numbers) > 1:
             draw_seeds(numbers, out / "seeds.png", metric_of(recipe))
+            _draw_bands(values, out, metric_of(recipe))
 
-    return _sweep(recipe, runs, out, "recipe", draw, train, say)
+    return _sweep(recipe.name, runs, out, "recipe", draw, train, say)
+
+
+def sweep_over(
+    recipe: Recipe,
+    field: str,
+    values: Sequence[Any],
+    *,
+    seeds: int = 1,
+    train: Callable[[Any], Path] | None = None,
+    say: Printer | None = None,
+) -> dict[str, Any]:
+    """Train one recipe with several values of one of its fields. A collective: every process calls it.
+
+    Args:
+        recipe: all but the field, `seed` and `out`, under which the runs are put.
+        field: of the recipe, groups joined by a dot: `augment.label_smoothing`.
+        values: see `parse_values` for those of a command line.
+        seeds: runs of each value, with the recipe's seed and those after it.
+        train: `pretrain`, `classify` or `supervise`; None is the one that fits the recipe.
+        say: prints a line; None prints to standard error, on the main process.
+
+    Returns:
+        As `sweep_partial`. Every run, means and deviations are drawn to `over.png`, evaluations by epoch to `band.png`.
+
+    Raises:
+        ValueError: an unknown field, no values, or two that are the same, or as of the training; for all runs before
+            the first, where the recipe, the splits or their labels show it.
+    """
+    check_field(recipe, field)
+    variants = {as_text(value): with_field(recipe, field, value) for value in values}
+    if len(variants) < len(values):
+        raise ValueError(f"{field}={', '.join(map(as_text, values))} names a value twice; name each once, and --seeds")
+    out = Path(recipe.out or f"runs/{recipe.name}-over-{field.split('.')[-1].replace('_', '-')}")
+
+    def draw(found: Mapping[str, Mapping[str, Any]]) -> None:
+        draw_over(_last(found), out / "over.png", field=field, name=metric_of(recipe))
+        _draw_bands(found, out, metric_of(recipe))
+
+    return _sweep(recipe.name, _each_seed(variants, seeds, out), out, field, draw, train, say)
+
+
+def sweep_variants(
+    recipes: Mapping[str, Recipe],
+    *,
+    seeds: int = 1,
+    out: str | Path,
+    title: str = "",
+    train: Callable[[Any], Path] | None = None,
+    say: Printer | None = None,
+) -> dict[str, Any]:
+    """Train named recipes side by side. A collective: every process calls it.
+
+    Args:
+        recipes: by the name of the variant; their own `out` does not count. They may be of several kinds and data.
+        seeds: runs of each, with its own seed and those after it.
+        out: folder of the sweep; the runs lie in OUT/VARIANT/seed_N.
+        title: over the picture; empty is the name of the folder.
+        train: `pretrain`, `classify` or `supervise`; None is the one that fits each recipe.
+        say: prints a line; None prints to standard error, on the main process.
+
+    Returns:
+        As `sweep_partial`. Means, deviations and runs are drawn to `variants.png`, evaluations by epoch to `band.png`.
+
+    Raises:
+        ValueError: no recipes, or recipes that are measured by different numbers, or as of the training; for all runs
+            before the first, where the recipes, the splits or their labels show it.
+    """
+    out = Path(out)
+    if not recipes:
+        raise ValueError("recipes is empty: there is nothing to compare; name at least one")
+    name = _metric_name(recipes.values())
+
+    def draw(found: Mapping[str, Mapping[str, Any]]) -> None:
+        draw_variants(_last(found), out / "variants.png", title=title or out.name, name=name)
+        _draw_bands(found, out, name)
+
+    return _sweep(title or out.name, _each_seed(recipes, seeds, out), out, "variant", draw, train, say)
+
+
+def _each_seed(recipes: Mapping[str, Recipe], seeds: int, out: Path) -> dict[tuple[str, int], Recipe]:
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds} makes no run; use at least 1")
+    if not recipes:
+        raise ValueError("no value is named, so that there is nothing to compare; name at least one")
+    folders = {name: re.sub(r"[^\w.+=-]+", "-", name).strip("-.") or "empty" for name in recipes}
+    if len(set(folders.values())) < len(folders):
+        raise ValueError(f"{', '.join(recipes)}: two names make one folder; name them by letters and digits")
+    return {
+        (name, recipe.seed + i): replace(
+            recipe, seed=recipe.seed + i, out=str(out / folders[name] / f"seed_{recipe.seed + i}")
+        )
+        for i in range(seeds)  # all variants once before any again: a sweep that is cut short compares what it has
+        for name, recipe in recipes.items()
+    }
+
+
+def trainer_of(recipe: Recipe) -> Callable[[Any], Path]:
+    """Return what trains a recipe of this kind: `pretrain`, `classify` or `supervise`."""
+    if isinstance(recipe, SuperviseRecipe):
+        from hf_mae.supervise import supervise  # timm takes seconds to import
+
+        return supervise
+    return classify if isinstance(recipe, ClassifierRecipe) else pretrain
 
 
 def metric_of(recipe: Recipe) -> str:
     """Return the number that a sweep compares: accuracy, of the averaged weights where they decide."""
-    if isinstance(recipe, ClassifierRecipe):
+    if isinstance(recipe, LabelledRecipe):
         return "ema_top1" if recipe.evals.best == "ema_top1" else "top1"
     return "knn_accuracy"
 
 
+def _metric_name(recipes: Any) -> str:
+    metrics = sorted({metric_of(recipe) for recipe in recipes})
+    if "knn_accuracy" in metrics and len(metrics) > 1:
+        raise ValueError(
+            f"recipes are measured by {' and '.join(metrics)}, which do not compare; pretraining has a sweep of its own"
+        )
+    return metrics[0] if len(metrics) == 1 else "top1"  # each by the weights that decide in it
+
+
 def _sweep(
-    recipe: Recipe,
+    name: str,
     runs: Mapping[tuple[str, int], Recipe],
     out: Path,
     column: str,
     draw: Callable[[Mapping[str, Mapping[str, Any]]], None],
-    train: Callable[[Any], Path],
+    train: Callable[[Any], Path] | None,
     say: Printer | None,
 ) -> dict[str, Any]:
-    for one in runs.values():
+    recipes = list(runs.values())
+    for one in recipes:
         _check(one)
-    _check_measured(recipe)
-    metric, accelerator = metric_of(recipe), make_accelerator(recipe.engine)
+    for one in {(type(one), one.data, one.evals): one for one in recipes}.values():
+        _check_measured(one)
+    metric, accelerator = _metric_name(recipes), make_accelerator(recipes[0].engine)
     say = say or Printer(accelerator.is_main_process)
     found: dict[str, list[dict[str, Any]]] = {}
     summary: dict[str, Any] = {}
     for number, ((key, seed), one) in enumerate(runs.items(), 1):
         say(f"sweep: run {number} of {len(runs)}: {column} {key}, seed {seed}")
-        folder, error = train(one), None
+        folder, error = (train or trainer_of(one))(one), None
         if accelerator.is_main_process:
             try:
-                found.setdefault(key, []).append({"seed": seed, "out": str(folder)} | read_result(folder, metric))
+                result = {"seed": seed, "out": str(folder)} | read_result(folder, metric_of(one))
+                found.setdefault(key, []).append(result)
                 values = {k: summarise(results) for k, results in found.items()}
-                summary = {"recipe": recipe.name, "metric": metric, "values": values}
+                summary = {"recipe": name, "metric": metric, "values": values}
                 write_atomic(out / "sweep.json", json.dumps(summary, indent=2) + "\n")
                 write_atomic(out / "table.md", table(values, column, metric))
                 draw(values)
@@ -167,6 +288,10 @@ def _sweep(
 def _check(recipe: Recipe) -> None:
     if isinstance(recipe, ClassifierRecipe):
         check_classifier(recipe)
+    elif isinstance(recipe, SuperviseRecipe):
+        check_supervise(recipe)
+    elif isinstance(recipe, LabelledRecipe):
+        check_labelled(recipe)
     else:
         check(recipe)
     check_augment(recipe.augment)
@@ -174,7 +299,7 @@ def _check(recipe: Recipe) -> None:
 
 def _check_measured(recipe: Recipe) -> None:
     """Refuse runs that would be trained to their end and then lack the number that is compared."""
-    metric, split, classifies = metric_of(recipe), recipe.evals.split, isinstance(recipe, ClassifierRecipe)
+    metric, split, classifies = metric_of(recipe), recipe.evals.split, isinstance(recipe, LabelledRecipe)
     if not classifies and not recipe.evals.knn:
         raise ValueError(f"evals.knn=False measures no {metric}, which a sweep compares; add --evals.knn")
     if split is None:
@@ -194,19 +319,52 @@ def _check_measured(recipe: Recipe) -> None:
             )
 
 
+def _last(values: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+    return {key: [float(run["last"]) for run in value["runs"]] for key, value in values.items()}
+
+
+def _draw_bands(values: Mapping[str, Mapping[str, Any]], out: Path, metric: str) -> None:
+    bands = {key: band(value["runs"]) for key, value in values.items()}
+    if bands := {key: points for key, points in bands.items() if len(points) > 1}:
+        draw_band(bands, out / "band.png", metric)
+
+
+def band(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return mean, deviation, minimum and maximum over runs of each evaluation that all of them made.
+
+    Args:
+        results: of `read_result`.
+
+    Returns:
+        By step, [{"step", "epoch", "mean", "sd" (None of one run), "min", "max"}].
+    """
+    curves = [{point["step"]: point for point in result["curve"]} for result in results]
+    common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    points = []
+    for step in common:
+        values = [curve[step]["value"] for curve in curves]
+        numbers = {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+        points.append(
+            {"step": step, "epoch": curves[0][step]["epoch"]} | numbers | {"min": min(values), "max": max(values)}
+        )
+    return points
+
+
 def read_result(folder: Path, metric: str) -> dict[str, Any]:
-    """Return the last and the best value of a run's metric.
+    """Return the last and the best value of a run's metric, and its curve: [{"step", "epoch", "value"}].
 
     Raises:
         RuntimeError: the run was stopped by a signal, or has not measured it.
     """
     if (folder / "stopped_by_signal").exists():
         raise RuntimeError(f"{folder} was stopped by a signal; the same command continues the sweep")
-    values = [(row["step"], row[metric]) for row in read_rows(folder / "metrics.jsonl") if metric in row]
-    if not values:
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if row.get(metric) is not None]
+    if not rows:
         raise RuntimeError(f"{folder} has no {metric}: it needs a labelled split to test on (--evals.split)")
-    step, best = max(values, key=lambda v: v[1])
-    return {"last": values[-1][1], "best": best, "best_step": step, "steps": values[-1][0]}
+    best, last = max(rows, key=lambda row: row[metric]), rows[-1]
+    curve = [{"step": row["step"], "epoch": row["epoch"], "value": row[metric]} for row in rows]
+    numbers = {"last": last[metric], "best": best[metric], "best_step": best["step"], "steps": last["step"]}
+    return numbers | {"curve": curve}
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from hf_mae import sweep
 from hf_mae.recipes.base import Data
 from hf_mae.recipes.classification import ClassifierEvals
 from hf_mae.recipes.mae import QUICKSTART
+from hf_mae.recipes.supervised import SUPERVISE
 from hf_mae.recipes.transfer import FINETUNE
-from hf_mae.sweep import read_result, sweep_partial, sweep_seeds, table
+from hf_mae.sweep import band, metric_of, read_result, sweep_over, sweep_partial, sweep_seeds, sweep_variants, table
 
 
 @pytest.fixture
@@ -54,6 +55,98 @@ def test_sweep_seeds_gives_mean_deviation_and_histogram(recipe, tmp_path):
     assert summary["values"]["all"]["sd"] == pytest.approx(np.std(found, ddof=1))
     assert [read_result(tmp_path / "seeds" / f"seed_{s}", "top1")["last"] for s in range(3)] == found
     assert (tmp_path / "seeds" / "seeds.png").stat().st_size > 5000
+    assert not (tmp_path / "seeds" / "band.png").exists()  # one evaluation makes no curve
+
+
+def recorded(monkeypatch, numbers):
+    """Runs that write the accuracies `numbers(recipe)` of their evaluations, one an epoch, and train nothing."""
+    begun = []
+
+    def train(one):
+        folder = Path(one.out)
+        folder.mkdir(parents=True)
+        rows = [{"step": 10 * i, "epoch": float(i), "loss": 1.0} for i in range(1, 4)]
+        rows += [{"step": 10 * i, "epoch": float(i), metric_of(one): v} for i, v in enumerate(numbers(one), 1)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        begun.append(one)
+        return folder
+
+    monkeypatch.setattr(sweep, "classify", train)
+    monkeypatch.setattr(sweep, "trainer_of", lambda _: train)
+    return begun
+
+
+def test_the_band_is_of_the_evaluations_that_all_runs_made():
+    def run(*values):
+        return {"curve": [{"step": 10 * i, "epoch": i / 2, "value": v} for i, v in enumerate(values)]}
+
+    first, second = band([run(0.1, 0.5, 0.9), run(0.3, 0.5)])
+    assert first == {"step": 0, "epoch": 0.0, "mean": 0.2, "sd": pytest.approx(0.02**0.5), "min": 0.1, "max": 0.3}
+    assert (second["mean"], second["sd"]) == (0.5, 0)
+    assert band([run(0.1)])[0]["sd"] is None
+
+
+def test_seeds_draw_accuracy_by_epoch(recipe, monkeypatch):
+    recorded(monkeypatch, lambda one: [0.1, 0.2, 0.3 + one.seed / 100])
+    summary = sweep_seeds(recipe, n=3)
+    assert summary["values"]["all"]["runs"][2]["curve"][-1] == {"step": 30, "epoch": 3.0, "value": 0.32}
+    assert (Path(recipe.out) / "band.png").stat().st_size > 5000
+
+
+def test_a_sweep_over_a_field_has_a_run_for_each_value_and_seed(recipe, monkeypatch):
+    begun = recorded(monkeypatch, lambda one: [one.augment.label_smoothing + one.seed / 10])
+    summary = sweep_over(recipe, "augment.label_smoothing", [0.0, 0.06], seeds=2)
+    assert [(one.augment.label_smoothing, one.seed) for one in begun] == [(0, 0), (0.06, 0), (0, 1), (0.06, 1)]
+    assert {k: v["mean"] for k, v in summary["values"].items()} == {"0": 0.05, "0.06": pytest.approx(0.11)}
+    assert Path(begun[1].out) == Path(recipe.out) / "0.06" / "seed_0"
+    assert (Path(recipe.out) / "over.png").stat().st_size > 5000
+    assert "| augment.label_smoothing | runs |" in (Path(recipe.out) / "table.md").read_text()
+
+
+def test_a_real_sweep_over_a_field_trains_and_is_cheap_to_repeat(recipe):
+    one = replace(recipe, max_steps=2)
+    summary = sweep_over(one, "optim.name", ["adamw", "sgd"])
+    assert [v["runs"][0]["steps"] for v in summary["values"].values()] == [2, 2]
+    assert sweep_over(one, "optim.name", ["adamw", "sgd"]) == summary
+
+
+def test_a_sweep_over_a_field_finds_mistakes_before_the_first_run(recipe, never):
+    with pytest.raises(ValueError, match=r"'augment.label_smooting' is unknown .* augment.label_smoothing"):
+        sweep_over(recipe, "augment.label_smooting", [0.1])
+    with pytest.raises(ValueError, match=r"augment.label_smoothing=1.0 must lie in \[0, 1\)"):
+        sweep_over(recipe, "augment.label_smoothing", [0.1, 1.0])
+    with pytest.raises(ValueError, match=r"augment.label_smoothing=0.1, 0.1 names a value twice"):
+        sweep_over(recipe, "augment.label_smoothing", [0.1, 0.1])
+    with pytest.raises(ValueError, match="no value is named"):
+        sweep_over(recipe, "augment.label_smoothing", [])
+    with pytest.raises(ValueError, match="seeds=0 makes no run"):
+        sweep_over(recipe, "augment.label_smoothing", [0.1], seeds=0)
+
+
+def test_variants_of_several_kinds_are_compared_by_the_number_that_decides_in_each(recipe, monkeypatch, tmp_path):
+    birds = replace(SUPERVISE["supervise-digits"], evals=recipe.evals)
+    averaged = replace(
+        birds, optim=replace(birds.optim, ema_decay=0.9), evals=replace(birds.evals, best="ema_top1"), seed=5
+    )
+    begun = recorded(monkeypatch, lambda one: [0.5, 0.6 if one.seed < 5 else 0.8])
+    variants = {"ViT": recipe, "as published": birds, "averaged": averaged}
+    summary = sweep_variants(variants, seeds=2, out=tmp_path / "sweep", title="Birds")
+    assert {k: v["mean"] for k, v in summary["values"].items()} == pytest.approx(
+        {"ViT": 0.6, "as published": 0.6, "averaged": 0.8}
+    )
+    assert [one.seed for one in begun] == [0, 0, 5, 1, 1, 6]
+    assert Path(begun[1].out) == tmp_path / "sweep" / "as-published" / "seed_0"
+    for name in ("variants.png", "band.png"):
+        assert (tmp_path / "sweep" / name).stat().st_size > 5000
+
+
+def test_variants_that_do_not_compare_are_refused(recipe, never, tmp_path):
+    with pytest.raises(ValueError, match="measured by knn_accuracy and top1, which do not compare"):
+        sweep_variants({"a": recipe, "b": QUICKSTART}, out=tmp_path)
+    with pytest.raises(ValueError, match="two names make one folder"):
+        sweep_variants({"a b": recipe, "a/b": recipe}, out=tmp_path)
+    with pytest.raises(ValueError, match="recipes is empty"):
+        sweep_variants({}, out=tmp_path)
 
 
 def test_one_run_has_no_deviation():

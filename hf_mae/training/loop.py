@@ -189,7 +189,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         if average is not None:
-            average.update()
+            average.update(state.step + 1)
 
         state.step += 1
         state.examples_seen += recipe.global_batch

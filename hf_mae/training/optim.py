@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from hf_mae.recipes.base import Optim
 from hf_mae.recipes.classification import ClassifierOptim
+from hf_mae.training.statistics import running_statistics
 from hf_mae.training.tasks import ImageTask
 
 TOKENS = ("cls_token", "mask_token", "encoder_mask_token")
@@ -277,45 +278,59 @@ def describe_groups(optimizer: torch.optim.Optimizer, lr: float) -> list[str]:
 
 
 class MovingAverage:
-    """Exponential moving average of a module's parameters, in parameter order.
+    """Exponential moving average of a module's parameters, and of its batch normalisations' running statistics.
 
-    Works on plain and on sharded (FSDP2) parameters alike: each rank averages what it holds.
+    Works on plain and on sharded (FSDP2) parameters alike: each rank averages what it holds. Other buffers are not
+    averaged: an averaged model has their current values.
 
     Args:
-        module: the wrapped module; its parameters are read at every update.
+        module: the wrapped module; its values are read at every update.
         decay: weight kept per optimizer update, between 0 and 1.
+        warmup: let the decay rise to `decay` as timm's `ModelEmaV3` does, so that the first weights are soon forgotten.
     """
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        self.names = [name.removeprefix("module.").removeprefix("model.") for name, _ in module.named_parameters()]
-        self.parameters = list(module.parameters())
+    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = False):
+        self.decay, self.warmup = decay, warmup
+        parameters, statistics = dict(module.named_parameters()), running_statistics(module)
         self.sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
-        self.shadow = [p.detach().clone() for p in self.parameters]
+        self.names = [n.removeprefix("module.").removeprefix("model.") for n in [*parameters, *statistics]]
+        # Apart, as one operation on many tensors takes no sharded ones together with whole ones.
+        self.sources = [list(values) for values in (parameters.values(), statistics.values()) if values]
+        self.shadows = [[t.detach().clone() for t in source] for source in self.sources]
+
+    def decay_at(self, step: int) -> float:
+        """Return the weight kept at update `step` (1-based): with `warmup`, at most 1 - step ** (-2/3)."""
+        return min(self.decay, 1 - step ** (-2 / 3)) if self.warmup else self.decay
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the current weights."""
-        current = [p.detach() for p in self.parameters]
-        torch._foreach_lerp_(self.shadow, current, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
+    def update(self, step: int) -> None:
+        """Move the average towards the current weights.
+
+        Args:
+            step: optimizer updates done, this one included.
+        """
+        share = 1 - self.decay_at(step)
+        for shadow, source in zip(self.shadows, self.sources, strict=True):
+            torch._foreach_lerp_(shadow, [t.detach() for t in source], share)  # pyright: ignore[reportPrivateImportUsage]
 
     def state(self) -> dict[str, Tensor]:
-        """Return the averages by parameter name (sharded tensors stay sharded)."""
-        return dict(zip(self.names, self.shadow, strict=True))
+        """Return the averages by name of parameter or statistic (sharded tensors stay sharded)."""
+        return dict(zip(self.names, [t for shadow in self.shadows for t in shadow], strict=True))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Replace the weights by their averages inside; afterwards they are what they were, to the last bit."""
-        current = [p.detach().clone() for p in self.parameters]
-        self._put(self.shadow)
+        current = [[t.detach().clone() for t in source] for source in self.sources]
+        self._put(self.shadows)
         try:
             yield
         finally:
             self._put(current)
 
     @torch.no_grad()
-    def _put(self, weights: list[Tensor]) -> None:
+    def _put(self, values: list[list[Tensor]]) -> None:
         for module in self.sharded:
             module.reshard()  # gathered copies, which a forward pass without a backward pass leaves, would be stale
-        for parameter, weight in zip(self.parameters, weights, strict=True):
-            parameter.copy_(weight)
+        for source, value in zip(self.sources, values, strict=True):
+            for tensor, new in zip(source, value, strict=True):
+                tensor.copy_(new)

@@ -14,6 +14,15 @@ from torch import Tensor, nn
 
 from hf_mae.training.distributed import reduce_sum
 
+KINDS = ("running_mean", "running_var")
+
+
+def running_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Return the running means and variances of all batch normalisation layers by name: the buffers themselves."""
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    tensors = {f"{name}.{kind}": getattr(m, kind) for name, m in layers.items() for kind in KINDS}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
 
 class RunningStatistics:
     """Means and variances of all batch normalisation layers of a task, moved once per update.
@@ -24,11 +33,10 @@ class RunningStatistics:
 
     def __init__(self, task: nn.Module):
         layers = [m for m in task.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        tensors = [t for m in layers for t in (m.running_mean, m.running_var) if t is not None]
-        self.tensors: list[Tensor] = tensors
+        self.tensors = list(running_statistics(task).values())
         self.counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
-        self.start = [t.clone() for t in tensors]
-        self.sums = [torch.zeros_like(t) for t in tensors]
+        self.start = [t.clone() for t in self.tensors]
+        self.sums = [torch.zeros_like(t) for t in self.tensors]
         self.micro_batches = 0
 
     @torch.no_grad()

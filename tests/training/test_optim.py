@@ -1,4 +1,4 @@
-"""Parameter groups and ten AdamW steps equal the official code's."""
+"""Parameter groups, optimizers and averages equal those of the official code and of timm."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2
+from timm.utils.agc import adaptive_clip_grad
+from timm.utils.model_ema import ModelEmaV3
 
 from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.models.modeling_classification import MAEForImageClassification
@@ -101,10 +105,10 @@ def test_ten_adamw_steps_equal_the_official_ones(model, golden, accumulation):
 def test_moving_average_follows_its_recurrence():
     layer = torch.nn.Linear(2, 2)
     average, expected = MovingAverage(layer, 0.9), layer.weight.detach().clone()
-    for _ in range(3):
+    for step in range(1, 4):
         with torch.no_grad():
             layer.weight.add_(1.0)
-        average.update()
+        average.update(step)
         expected = 0.9 * expected + 0.1 * layer.weight.detach()
     torch.testing.assert_close(average.state()["weight"], expected)
 
@@ -268,7 +272,7 @@ def test_weights_are_their_averages_inside_and_what_they_were_outside(classifier
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    average.update()
+    average.update(1)
     shadow = {name: value.clone() for name, value in average.state().items()}
     with average.swapped():
         assert all(torch.equal(p, shadow[name]) for name, p in model.named_parameters())
@@ -277,3 +281,189 @@ def test_weights_are_their_averages_inside_and_what_they_were_outside(classifier
         _ = 1 / 0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(torch.equal(value, shadow[name]) for name, value in average.state().items())
+
+
+# ------------------------------------------------------------------------------------------------ models of timm
+
+
+@pytest.fixture
+def rsb(goldens):
+    return json.loads((goldens / "rsb_optim.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rexnet():
+    return timm.create_model("rexnet_100", num_classes=400)
+
+
+def test_rexnets_groups_are_those_of_timm(rexnet, rsb):
+    groups = build_optimizer(rexnet, ClassifierOptim(weight_decay=0.015), num_layers=None).param_groups
+    found = [
+        {"weight_decay": g["weight_decay"], "tensors": len(g["params"]), "numel": sum(p.numel() for p in g["params"])}
+        for g in groups
+    ]
+    assert found == rsb["param_groups"]["rexnet_100_wd0.015"]
+    assert [(g["name"], g["lr_scale"]) for g in groups] == [("layer_0_no_decay", 1.0), ("layer_0_decay", 1.0)]
+
+
+@pytest.mark.parametrize("weight_decay", [0.015, 0.0])
+def test_decayed_vectors_leave_one_group_as_torch_has_it(rexnet, weight_decay):
+    optim = ClassifierOptim(weight_decay=weight_decay, decay_vectors=True)
+    (group,) = build_optimizer(rexnet, optim, num_layers=None).param_groups
+    assert (len(group["params"]), group["weight_decay"]) == (227, weight_decay)
+
+
+def test_resnets_layers_are_those_of_timm(rsb):
+    optim = ClassifierOptim(name="lamb", weight_decay=0.02, layer_decay=0.75)
+    optimizer = build_optimizer(timm.create_model("resnet50"), optim, num_layers=None)
+    found = [
+        {"lr_scale": g["lr_scale"], "weight_decay": g["weight_decay"], "tensors": len(g["params"])}
+        for g in optimizer.param_groups
+    ]
+    assert found == rsb["param_groups"]["resnet50_layer_decay0.75"]
+    lines = describe_groups(optimizer, 1.0)
+    assert [line.split(":")[0] for line in lines] == [f"layer {i}" for i in range(18)]
+    assert lines[-1].startswith("layer 17: lr up to 1 (1 of 1); 2,048,000 values with weight decay 0.02")
+
+
+@pytest.mark.parametrize(("decay_tokens", "tensors"), [(False, 0), (True, 2)])
+def test_tokens_and_positions_of_timms_transformers_are_exempt_unless_asked_for(decay_tokens, tensors):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
+    optimizer = build_optimizer(model, ClassifierOptim(decay_tokens=decay_tokens), num_layers=None)
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert sum(id(p) in decayed for p in (model.cls_token, model.pos_embed)) == tensors
+    assert id(model.head.weight) in decayed
+
+
+def test_vectors_of_an_encoder_of_ours_can_be_decayed(classifier):
+    optimizer = build_optimizer(classifier["cls"], ClassifierOptim(decay_vectors=True), num_layers=2)
+    assert all(g["weight_decay"] == 0.05 and not g["name"].endswith("no_decay") for g in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("case", ["a1", "a2", "a3", "clipped_grad", "noclip", "always_adapt"])
+def test_three_lamb_steps_equal_timms(goldens, rsb, case):
+    """`clip_grad` of the loop stands for LAMB's own clipping. `always_adapt` is not offered, but how it differs shows
+    that vectors are not adapted otherwise."""
+    tensors, numbers = load_file(goldens / "lamb.safetensors"), rsb["lamb"][case]
+    model = Lone(tensors["lamb/w0"], tensors["lamb/b0"], torch.zeros(0, 1))
+    optim = ClassifierOptim(name="lamb", weight_decay=numbers["weight_decay_w"], eps=numbers["eps"])
+    optimizer = build_optimizer(model, optim, num_layers=2)
+    assert {g["name"]: (g["max_grad_norm"], g["always_adapt"]) for g in optimizer.param_groups} == {
+        "layer_3_decay": (None, False),
+        "layer_3_no_decay": (None, False),
+    }
+    for group in optimizer.param_groups:
+        group["lr"], group["always_adapt"] = numbers["lr"], numbers["always_adapt"]
+    factor = float(numbers["loss"].rsplit("*", 1)[1])
+    for step in range(1, 4):
+        scores = tensors["lamb/x"] @ model.head["w"].T + model.head["b"]
+        loss = (scores - tensors["lamb/y"]).square().mean() * factor
+        assert loss.item() == pytest.approx(numbers["losses"][step - 1], rel=1e-6)
+        loss.backward()
+        if numbers["max_grad_norm"] is not None:
+            norm = torch.nn.utils.clip_grad_norm_([model.head["w"], model.head["b"]], numbers["max_grad_norm"])
+            clipped = torch.cat([model.head[k].grad.flatten() for k in ("w", "b")]).norm()
+            assert float(clipped) == pytest.approx(min(float(norm), 1.0), rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+        for key in ("w", "b"):
+            expected = tensors[f"lamb/{case}/{key}{step}"]
+            torch.testing.assert_close(model.head[key].detach(), expected, atol=1e-7, rtol=2e-6)
+
+
+def conv_net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 5)
+    )
+
+
+def steps(model, optimizer, count=3):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05
+        loss = model(torch.randn(6, 3, 4, 4, generator=generator)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("optim", "timms"),
+    [
+        (ClassifierOptim(name="rmsprop", eps=1e-3), {"opt": "rmsproptf", "momentum": 0.9, "eps": 1e-3}),
+        (ClassifierOptim(name="sgd", nesterov=True), {"opt": "sgd", "momentum": 0.9}),
+        (ClassifierOptim(name="sgd"), {"opt": "momentum", "momentum": 0.9}),
+        (ClassifierOptim(name="adam"), {"opt": "adam"}),
+        (ClassifierOptim(), {"opt": "adamw"}),
+    ],
+    ids=lambda value: value["opt"] if isinstance(value, dict) else "",
+)
+def test_steps_equal_those_of_timms_optimizer_of_that_name(optim, timms):
+    ours, theirs = conv_net(), conv_net()
+    reference = create_optimizer_v2(theirs, lr=0.05, weight_decay=0.05, **timms)
+    pairs = zip(steps(ours, build_optimizer(ours, optim, num_layers=None)), steps(theirs, reference), strict=True)
+    for mine, expected in pairs:
+        torch.testing.assert_close(mine, expected, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_gradients_are_clipped_by_the_weights_they_belong_to_but_for_the_last_layer(name):
+    optimizer = build_optimizer(model := conv_net(), ClassifierOptim(name=name, agc=0.01), num_layers=None)
+    expected = conv_net()
+    for one in (model, expected):
+        one(torch.ones(2, 3, 4, 4) + torch.arange(2).view(2, 1, 1, 1)).square().sum().backward()
+    adaptive_clip_grad(list(expected.parameters())[:-2], clip_factor=0.01)
+    optimizer.step()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert model[0].weight.grad.norm() <= 0.011 * conv_net()[0].weight.norm() < model[3].weight.grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        (ClassifierOptim(name="lars", decay_vectors=True), "LARS adapts what is decayed.*leave decay_vectors out"),
+        (ClassifierOptim(nesterov=True), "nesterov=True needs optim.name=sgd .*not name=adamw.*add --optim.name sgd"),
+        (ClassifierOptim(name="sgd", momentum=0.0, nesterov=True), "and a momentum above 0, not .*momentum=0.0"),
+    ],
+)
+def test_numbers_that_contradict_each_other_are_refused(optim, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(conv_net(), optim, num_layers=None)
+
+
+# ------------------------------------------------------------------------------------------------ averages
+
+
+def test_the_average_may_warm_up_as_timms_does(rsb):
+    """The golden starts its count at 0, where nothing has been trained yet."""
+    layer = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(layer.weight, 2.0)
+    average = MovingAverage(layer, 0.9999, warmup=True)
+    for row in rsb["ema_v3"][1:]:
+        torch.nn.init.constant_(layer.weight, row["step"] + 2.0)
+        average.update(row["step"])
+        assert average.decay_at(row["step"]) == pytest.approx(row["decay"], rel=1e-12)
+        assert average.state()["weight"].item() == pytest.approx(row["w"], rel=1e-6)
+    assert average.decay_at(10**7) == 0.9999
+
+
+def test_running_statistics_are_averaged_as_timm_averages_them():
+    model = conv_net()
+    average, reference = MovingAverage(model, 0.9), ModelEmaV3(model, decay=0.9)
+    optimizer = build_optimizer(model, ClassifierOptim(), num_layers=None)
+    for step in range(1, 4):
+        steps(model, optimizer, 1)
+        average.update(step)
+        reference.update(model)
+    expected = {k: v for k, v in reference.module.state_dict().items() if v.is_floating_point()}
+    assert average.state().keys() == expected.keys()
+    for name, value in average.state().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-7, rtol=1e-6)
+    before, pixels = model[1].running_mean.clone(), torch.rand(4, 3, 4, 4)
+    assert not torch.allclose(before, average.state()["1.running_mean"], rtol=1e-2)
+    with average.swapped():
+        torch.testing.assert_close(model.eval()(pixels), reference.module.eval()(pixels))
+    assert torch.equal(model[1].running_mean, before)

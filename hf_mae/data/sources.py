@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -25,6 +25,7 @@ import pyarrow as pa
 from hf_mae.data.formats import HTTP_ERROR, ParquetSource, Source, holds_bytes, type_name
 from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.rows import ArrowSource, DigitsSource, FolderSource
+from hf_mae.data.splits import Subset, check_splits, parse_rule, read_splits, split_source
 from hf_mae.data.webdataset import TarSource
 from hf_mae.recipes.base import Data
 
@@ -58,7 +59,9 @@ def open_source(data: Data, split: str | None = None, *, field: str = "data.spli
     To open a second split of the same commit: `open_source(replace(data, revision=first.revision), "test")`.
 
     Args:
-        data: the recipe's `data` group. `path` is `digits`, a local folder or file, or a Hub id.
+        data: the recipe's `data` group. `path` is `digits`, a local folder or file, or a Hub id. With `splits` set, the
+            train split (or the only one) is divided: a part is opened under its name, another split of the data under
+            its own, and None is the part to train on.
         split: overrides `data.split`.
         field: the field of the recipe that names the split, for messages.
 
@@ -78,6 +81,8 @@ def open_source(data: Data, split: str | None = None, *, field: str = "data.spli
             f"data.revision={data.revision!r}: {data.path} is on this machine, and only data sets on the Hub have "
             "revisions; leave it out"
         )
+    if data.splits is not None:
+        return _open_part(data, data.splits, wish)
     if data.path == "digits":
         return _open_digits(data, wish)
     return _open_local(local, data, wish) if local.exists() else _open_hub(data, wish)
@@ -86,9 +91,16 @@ def open_source(data: Data, split: str | None = None, *, field: str = "data.spli
 def list_splits(data: Data) -> list[str]:
     """List the splits of a data set; empty where they cannot be found out without preparing it.
 
+    With `data.splits` set: its parts, then the data's own splits beside the one that is divided.
+
     Raises:
         RuntimeError: the network failed.
+        ValueError: `data.splits` is neither a rule nor a readable file.
     """
+    if data.splits is not None:
+        parts = _parts(data.splits)
+        own = list_splits(replace(data, splits=None))
+        return [*parts, *(name for name in own if name != _divided(own) and _alike(name, parts) is None)]
     if data.path == "digits":
         return ["train", "test"]
     local = Path(data.path).expanduser()
@@ -108,6 +120,48 @@ def list_splits(data: Data) -> list[str]:
         raise RuntimeError(f"the splits cannot be listed: {error}") from error
     except (ValueError, KeyError):
         return []
+
+
+def _parts(splits: str) -> list[str]:
+    rule = parse_rule(splits)
+    return list(rule.names if rule is not None else read_splits(Path(splits).expanduser()).parts)
+
+
+def _divided(own: Sequence[str]) -> str:
+    """Name the split that `data.splits` divides, of those the data has: train, or the only one."""
+    return own[0] if len(own) == 1 else "train"
+
+
+def _open_part(data: Data, splits: str, wish: _Wish) -> Source:
+    """Open a part of the divided split, or another split of the data."""
+    whole = replace(data, splits=None, split=None)
+    parts, own = _parts(splits), list_splits(whole)
+    wanted = wish.split if wish.split is not None else "train"
+    part = _alike(wanted, parts)
+    base = open_source(whole)
+    if part is None:
+        other = None if own and _alike(wanted, own) is None else open_source(whole, wanted, field=wish.field)
+        if other is None or other.fingerprint == base.fingerprint:
+            names = [name for name in list_splits(data) if name not in parts]
+            raise ValueError(
+                f"{wish.field}={wanted!r} is not a split of {data.path}: data.splits={splits!r} makes "
+                f"{', '.join(parts)} of {base.where}"
+                + (f", and beside it there is {', '.join(names)}" if names else "")
+                + "; name one of these, or a rule with three parts"
+            )
+        return other
+    rule = parse_rule(splits)
+    if rule is not None:
+        lists = split_source(base, rule, split=_divided(own))
+    else:
+        lists = read_splits(Path(splits).expanduser())
+        check_splits(lists, base, splits)
+    source = Subset(base, lists.parts[part], where=f"{base.where}, part {part} of {splits}")
+    if part == "train":
+        hidden = [name for name in own if name != _divided(own) and _alike(name, parts) is not None]
+        if hidden:
+            source.notes.append(f"its own split(s) {', '.join(hidden)} are not used: data.splits makes its own")
+    return source
 
 
 def _open_digits(data: Data, wish: _Wish) -> Source:
@@ -539,11 +593,15 @@ def _choose_split(wish: _Wish, available: Sequence[str], data: Data) -> str:
         raise ValueError(
             f"data.path={data.path!r} has no split train; name one with --{wish.field}: {', '.join(available)}"
         )
-    same = next((aliases for aliases in SPLIT_NAMES.values() if wanted in aliases), (wanted,))
-    for name in (wanted, *same):
-        if name in available:
-            return name
+    if (name := _alike(wanted, available)) is not None:
+        return name
     raise ValueError(f"{wish.field}={wanted!r} is not a split of {data.path}; it has {', '.join(available)}")
+
+
+def _alike(wanted: str, available: Sequence[str]) -> str | None:
+    """Find a split by its name, or by another name of the same (val, valid and dev mean validation)."""
+    same = next((aliases for aliases in SPLIT_NAMES.values() if wanted in aliases), (wanted,))
+    return next((name for name in (wanted, *same) if name in available), None)
 
 
 def choose_columns(

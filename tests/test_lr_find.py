@@ -110,13 +110,11 @@ def test_a_loss_that_is_not_finite_ends_the_search_and_what_was_found_counts(rec
 
     def train(one):
         rows = [
-            {"step": i + 1, "epoch": 0.1, "lr": lr, "loss": loss}
+            {"step": 1, "epoch": 0.1, "lr": lr, "loss": loss}
             for i, (lr, loss) in enumerate(zip(lrs, losses, strict=True))
         ]
         written(rows[:95], Path(one.out))
-        raise FloatingPointError(
-            "the loss of update 96 (samples 1 to 2 of the stream) is not finite; nothing was saved"
-        )
+        raise FloatingPointError("the loss of update 96 (samples 1 to 2) is not finite; nothing was saved after it")
 
     found = lr_find(recipe, low=1e-6, high=1.0, train=train)
     assert found["ended"] == "the loss of update 96 (samples 1 to 2) is not finite"
@@ -134,7 +132,7 @@ def test_a_search_that_diverges_really_is_no_error(recipe):
 def test_a_falling_rate_suggests_nothing_and_says_why(recipe, capsys):
     def train(one):
         lrs, losses = curve(100)
-        rows = [{"step": 1, "epoch": 0.1, "lr": lr, "loss": loss} for lr, loss in zip(lrs, losses)]
+        rows = [{"step": 1, "epoch": 0.1, "lr": lr, "loss": loss} for lr, loss in zip(lrs, losses, strict=True)]
         return written(rows[::-1], Path(one.out))
 
     found = lr_find(recipe, low=1e-6, high=1.0, descending=True, train=train)

@@ -1,0 +1,222 @@
+"""The commands that compare runs: sweep partial, seeds, over, augment, transfer, resolution."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import tyro
+
+from hf_mae.cli.arguments import TRAINED, choose_preset, nearest, parse_with, require_data
+from hf_mae.recipes.base import Size
+from hf_mae.recipes.classification import ClassifierRecipe
+from hf_mae.recipes.evaluation import EVALUATIONS, Evaluation
+from hf_mae.recipes.fields import parse_values
+from hf_mae.recipes.supervised import BIRD_AUGMENTS, SUPERVISE, TRANSFER, SuperviseRecipe
+from hf_mae.recipes.transfer import FINETUNE
+
+HELP = """hf-mae sweep partial [PRESET] --init-from MODEL [...]            fine-tune 0, 0.5, 1, 2, ... blocks
+hf-mae sweep seeds [COMMAND] [PRESET] --n 5 [...]                one recipe with n seeds
+hf-mae sweep over [COMMAND] [PRESET] --vary FIELD=V1,V2 [...]    one field of a recipe with several values
+hf-mae sweep augment [PRESET] --data.path DATA [...]             the augmentations of the bird slides, and two of timm's
+hf-mae sweep transfer --init-from MODEL [...]                    fine-tune one model on the data sets of RSB's Table 5
+hf-mae sweep resolution [PRESET] --models M1 M2 --sizes 160 224  top-1 by test resolution
+
+COMMAND is pretrain, finetune (default), probe or supervise. Every run has a folder of its own; a sweep that was stopped
+goes on where it was.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialArguments:
+    """What `hf-mae sweep partial` takes: the blocks, the seeds, and a whole recipe."""
+
+    blocks: tuple[float, ...] = (0, 0.5, 1, 2, 4, 6, 12, 18, 24)
+    """Trainable blocks of each run; those beyond the encoder's depth are left out."""
+    seeds: int = 1
+    """Runs for each number of blocks."""
+    recipe: Annotated[ClassifierRecipe, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsArguments:
+    """What `hf-mae sweep seeds` takes: how many, and a whole recipe."""
+
+    n: Annotated[int, tyro.conf.arg(aliases=["--num-seeds"])] = 5
+    """Seeds: the recipe's own and those after it. Under torchrun, which takes --n for its own, --num-seeds."""
+    recipe: Annotated[Any, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverArguments:
+    """What `hf-mae sweep over` takes: a field with its values, and a whole recipe."""
+
+    vary: str
+    """FIELD=V1,V2,...; such as augment.label_smoothing=0,0.06,0.1. The parts of a tuple are parted by spaces."""
+    seeds: int = 1
+    """Runs of each value."""
+    recipe: Annotated[Any, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentArguments:
+    """What `hf-mae sweep augment` takes: which pipelines, and a whole recipe."""
+
+    pipelines: tuple[str, ...] = tuple(name for name in BIRD_AUGMENTS if name != "a")
+    """Pipelines of the bird slides, (a) to (f); none; auto-augment; rand-augment."""
+    seeds: int = 1
+    """Runs of each pipeline."""
+    recipe: Annotated[SuperviseRecipe, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferArguments:
+    """What `hf-mae sweep transfer` takes: which data sets, and what all of their recipes share."""
+
+    init_from: str
+    """The model to fine-tune: a run folder, a folder in timm's format, a Hub id, or a name of timm's weights."""
+    data_sets: tuple[str, ...] = tuple(r.name.removeprefix("transfer-") for r in TRANSFER if r.data.path)
+    """Data sets; those without a public copy are trained by themselves (supervise transfer-NAME --data.path DATA)."""
+    seeds: int = 1
+    """Runs of each data set."""
+    architecture: str = "resnet50"
+    """Architecture of the model."""
+    image_size: Size = 224
+    """Height and width of pictures in pixels."""
+    epochs: float = 100.0
+    """Length of each run, in passes over its data."""
+    global_batch: int = 256
+    """Images per optimizer update."""
+    base_lr: float = 0.005
+    """Learning rate at a global batch of 256."""
+    num_workers: int = 2
+    """Decoders per process."""
+    out: str = "runs/transfer"
+    """Folder of the runs, the table and the picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolutionArguments:
+    """What `hf-mae sweep resolution` takes: models, sizes, and what an evaluation takes."""
+
+    models: tuple[str, ...]
+    """Run folders, model folders, Hub ids or names of timm's weights."""
+    sizes: tuple[int, ...] = (128, 160, 192, 224, 256, 288, 320)
+    """Test sizes in pixels."""
+    recipe: Annotated[Evaluation, tyro.conf.arg(name="")]
+
+
+def parse_sweep(arguments: Sequence[str]) -> Any:
+    """Return what `hf-mae sweep KIND [COMMAND] [PRESET] [flags]` asks for: one of the argument groups above.
+
+    Raises:
+        ValueError: there is no such kind or preset.
+    """
+    kind, *rest = arguments or [""]
+    if kind not in _KINDS:
+        raise ValueError(f"sweep {kind!r} is unknown; {nearest(kind, _KINDS)}")
+    if kind == "transfer":
+        return tyro.cli(TransferArguments, prog="hf-mae sweep transfer", args=list(rest))
+    group, presets, command = _KINDS[kind][0], _PRESETS[kind], ""
+    if kind in ("seeds", "over"):
+        command = rest.pop(0) if rest and rest[0] in TRAINED else "finetune"
+        presets = TRAINED[command]
+    preset, flags = choose_preset(presets, rest, next(iter(presets)))
+    return parse_with(group, preset, flags, " ".join(f"hf-mae sweep {kind} {command} {preset.name}".split()))
+
+
+def sweep_command(arguments: Sequence[str]) -> None:
+    """Run a sweep of any kind."""
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        sys.stdout.write(HELP)
+        return
+    given = parse_sweep(arguments)
+    if not isinstance(given, TransferArguments):
+        require_data(given.recipe)
+    _KINDS[arguments[0]][1](given)
+
+
+def _partial(given: PartialArguments) -> None:
+    from hf_mae.sweep import sweep_partial
+
+    sweep_partial(given.recipe, blocks=given.blocks, seeds=given.seeds)
+
+
+def _seeds(given: SeedsArguments) -> None:
+    from hf_mae.sweep import sweep_seeds
+
+    sweep_seeds(given.recipe, n=given.n)
+
+
+def _over(given: OverArguments) -> None:
+    field, found, values = given.vary.partition("=")
+    if not found or not values:
+        raise ValueError(f"vary={given.vary!r} must be FIELD=V1,V2,...; such as augment.label_smoothing=0,0.06,0.1")
+    field = field.strip().replace("-", "_")
+    parsed = parse_values(given.recipe, field, values)
+    from hf_mae.sweep import sweep_over
+
+    sweep_over(given.recipe, field, parsed, seeds=given.seeds)
+
+
+def _augment(given: AugmentArguments) -> None:
+    recipe = given.recipe
+    if unknown := [name for name in given.pipelines if name not in BIRD_AUGMENTS]:
+        raise ValueError(f"pipeline {unknown[0]!r} is unknown; {nearest(unknown[0], BIRD_AUGMENTS)}")
+    own = {name: getattr(recipe.augment, name) for name in ("crop", "scale", "mean", "std", "label_smoothing")}
+    recipes = {name: replace(recipe, augment=replace(BIRD_AUGMENTS[name], **own)) for name in given.pipelines}
+    from hf_mae.sweep import sweep_variants
+
+    out = recipe.out or f"runs/{recipe.name}-augment"
+    sweep_variants(recipes, seeds=given.seeds, out=out, title=f"{recipe.name}: augmentation")
+
+
+def _transfer(given: TransferArguments) -> None:
+    recipes = {recipe.name.removeprefix("transfer-"): recipe for recipe in TRANSFER}
+    chosen = {}
+    for name in given.data_sets:
+        if name not in recipes:
+            raise ValueError(f"data set {name!r} is unknown; {nearest(name, recipes)}")
+        if not recipes[name].data.path:
+            raise ValueError(
+                f"data set {name!r} has no public Hub copy; train it by itself: hf-mae supervise transfer-{name} "
+                "--data.path DATA"
+            )
+        chosen[name] = replace(
+            recipes[name],
+            init_from=given.init_from,
+            epochs=given.epochs,
+            global_batch=given.global_batch,
+            num_workers=given.num_workers,
+            model=replace(recipes[name].model, architecture=given.architecture, image_size=given.image_size),
+            optim=replace(recipes[name].optim, base_lr=given.base_lr),
+        )
+    from hf_mae.sweep import sweep_variants
+
+    sweep_variants(chosen, seeds=given.seeds, out=given.out, title=f"transfer of {given.init_from}")
+
+
+def _resolution(given: ResolutionArguments) -> None:
+    from hf_mae.resolution import sweep_resolution
+
+    sweep_resolution(given.models, given.recipe, sizes=given.sizes, out=given.recipe.out or "runs/resolution")
+
+
+_BIRDS = {name: recipe for name, recipe in SUPERVISE.items() if name.endswith("-corrected")}
+_PRESETS: dict[str, Mapping[str, Any]] = {
+    "partial": FINETUNE,
+    "augment": _BIRDS | SUPERVISE,
+    "resolution": EVALUATIONS,
+    "seeds": FINETUNE,
+    "over": FINETUNE,
+}
+_KINDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "partial": (PartialArguments, _partial),
+    "seeds": (SeedsArguments, _seeds),
+    "over": (OverArguments, _over),
+    "augment": (AugmentArguments, _augment),
+    "transfer": (TransferArguments, _transfer),
+    "resolution": (ResolutionArguments, _resolution),
+}

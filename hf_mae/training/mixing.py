@@ -23,20 +23,24 @@ SWITCH_PROB = 0.5
 """Chance of cutmix where both are on."""
 
 
-def draw_mix(rng: np.random.RandomState, size: tuple[int, int], *, mixup: float, cutmix: float) -> tuple[float, Box]:
-    """Draw one mixture as timm does in batch mode, with probability 1 and a switch of one half.
+def draw_mix(
+    rng: np.random.RandomState, size: tuple[int, int], *, mixup: float, cutmix: float, prob: float = 1.0
+) -> tuple[float, Box]:
+    """Draw one mixture as timm does in batch mode, with a switch of one half.
 
     Args:
         rng: RandomState, whose streams never change (NEP 19).
         size: height and width of the images in pixels.
         mixup: alpha of mixup; 0 is off.
         cutmix: alpha of cutmix; 0 is off.
+        prob: chance that anything is mixed; else the share is 1 and the box empty.
 
     Returns:
         The share of the image itself, corrected to the area that a box at the border really leaves; and the box that
         is taken from the partner, empty for mixup.
     """
-    rng.rand()  # timm asks here whether to mix at all
+    if rng.rand() >= prob:
+        return 1.0, (0, 0, 0, 0)
     use_cutmix = cutmix > 0 and (mixup <= 0 or rng.rand() < SWITCH_PROB)
     alpha = cutmix if use_cutmix else mixup
     lam = float(rng.beta(alpha, alpha))
@@ -54,8 +58,8 @@ class MixDraws:
     """Draws the mixtures of a batch's samples from (seed, step): {"mix_lam": float32 [n], "mix_box": int64 [n, 4]}.
 
     Args:
-        augment: alphas of mixup and cutmix, at least one above 0; `mix_mode` batch draws once for a global batch, pair
-            once for each pair in it.
+        augment: alphas of mixup and cutmix, at least one above 0, and the chance of mixing at all; `mix_mode` batch
+            draws once for a global batch, pair once for each pair in it.
         seed: the run's.
         size: height and width of the images in pixels.
         images: different images in a global batch.
@@ -100,7 +104,8 @@ class MixDraws:
 
     def _draw(self, rng: np.random.RandomState, word: int) -> tuple[float, Box]:
         rng.seed([word & 0xFFFFFFFF, word >> 32])
-        return draw_mix(rng, self.size, mixup=self.augment.mixup, cutmix=self.augment.cutmix)
+        augment = self.augment
+        return draw_mix(rng, self.size, mixup=augment.mixup, cutmix=augment.cutmix, prob=augment.mix_prob)
 
 
 def mix_images(pixels: Tensor, lam: Tensor, box: Tensor) -> Tensor:

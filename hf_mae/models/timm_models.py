@@ -1,0 +1,546 @@
+"""Models of timm: made from a description, started from other weights, kept in the folder format timm publishes in.
+
+Their stochastic depth draws from PyTorch's global generator; here its layers are replaced by ones that are given their
+draws. A folder holds `config.json` and `model.safetensors` under timm's own names, and is loaded by timm
+(`local-dir:FOLDER`) as well as by transformers (`AutoModelForImageClassification`). Weights are read from safetensors
+only: a pickle can carry code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_mae.models.convert import list_names
+
+
+@dataclass(frozen=True)
+class TimmSpec:
+    """What a model of timm is, and the pictures it takes.
+
+    Attributes:
+        architecture: name in timm, without weights.
+        names: the classes, in order.
+        image_size: height and width in pixels of training pictures.
+        test_image_size: of test pictures.
+        crop_pct: share of a test picture's short side that the centre crop keeps; None is 224/256 up to 224 pixels, and
+            1 above.
+        channels: colour channels.
+        drop_path_rate: stochastic depth of the last block. A matter of training: no folder keeps it.
+        mean: per-channel mean of the input scaled to [0, 1].
+        std: per-channel standard deviation of the same.
+        loss: what the scores were trained for: with `bce` each class is read by its sigmoid.
+        model_args: what `timm.create_model` needs besides classes, channels and the image size of ViTs.
+    """
+
+    architecture: str
+    names: tuple[str, ...]
+    image_size: tuple[int, int]
+    test_image_size: tuple[int, int]
+    crop_pct: float | None
+    channels: int
+    drop_path_rate: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    loss: Literal["ce", "bce"] = "ce"
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def test_crop_pct(self) -> float:
+        """`crop_pct`, or what its rule gives."""
+        if self.crop_pct is not None:
+            return self.crop_pct
+        return 224 / 256 if max(self.test_image_size) <= 224 else 1.0
+
+
+class PlannedDropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016) whose random numbers come with the batch.
+
+    In training, sample i keeps its branch, divided by 1 - rate, where its draw is at least the rate. In evaluation
+    nothing happens. A block that calls one layer for two branches keeps or drops both.
+
+    Attributes:
+        rate: share of the samples that skip the branch.
+        draws: [N] uniforms in [0, 1) for the next forward pass. They stay until the next are set, as recomputing
+            activations in the backward pass reads them again.
+    """
+
+    draws: Tensor | None
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate, self.draws = rate, None
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """Map [N, ...] to the same shape.
+
+        Raises:
+            RuntimeError: there are no draws for this batch.
+        """
+        if not self.training:
+            return branch
+        if self.draws is None or self.draws.shape != branch.shape[:1]:
+            given = "none" if self.draws is None else f"draws of shape {tuple(self.draws.shape)}"
+            raise RuntimeError(
+                f"stochastic depth needs one draw for each of {len(branch)} samples and was given {given}; train "
+                "through hf_mae's TimmClassification with `drop_path_noise` in the batch, or set `draws` of each of "
+                "`drop_paths(model)`"
+            )
+        scale = (self.draws >= self.rate).to(branch.dtype) / (1 - self.rate)
+        return branch * scale.view(-1, *[1] * (branch.ndim - 1))
+
+    def extra_repr(self) -> str:
+        """Return the rate."""
+        return f"rate={self.rate:.3f}"
+
+
+def create(spec: TimmSpec) -> nn.Module:
+    """Return a new model with timm's initial weights, in training mode.
+
+    All of its randomness in training is stochastic depth, by draws that are passed in (`drop_paths`).
+
+    Raises:
+        ValueError: timm has no such architecture, or it cannot be what the spec asks for, or it draws random numbers of
+            its own in training.
+    """
+    model = _build(spec)
+    _plan_drop_paths(model)
+    if spec.drop_path_rate > 0 and not drop_paths(model):
+        raise ValueError(
+            f"model.drop_path_rate={spec.drop_path_rate} has no effect: {spec.architecture} has no stochastic depth; "
+            "leave it out, or take another architecture"
+        )
+    _check_runs(model, spec)
+    return model
+
+
+def drop_paths(model: nn.Module) -> list[PlannedDropPath]:
+    """Return the layers of stochastic depth, in the order of the model's modules."""
+    return [module for module in model.modules() if isinstance(module, PlannedDropPath)]
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether training takes statistics of a micro-batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def classifier(model: nn.Module) -> nn.Linear:
+    """Return the last layer.
+
+    Raises:
+        ValueError: it is not one linear layer.
+    """
+    layer = cast(Any, model).get_classifier()
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"{type(model).__name__} does not end in one linear layer ({type(layer).__name__}); take another "
+            "architecture"
+        )
+    return layer
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Compute the activations of whole blocks again in the backward pass rather than keep them.
+
+    Raises:
+        ValueError: the architecture cannot, or has batch normalisation, whose statistics would move twice.
+    """
+    if has_batch_norm(model):
+        raise ValueError(
+            "engine.checkpoint_activations=blocks would move the running statistics of batch normalisation twice per "
+            "update; use none with this architecture, and a smaller --micro-batch to save memory"
+        )
+    try:
+        cast(Any, model).set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # timm asserts where it does not support it
+        raise ValueError(
+            f"engine.checkpoint_activations=blocks is not supported by timm's {type(model).__name__}; use none"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ making
+
+
+def _timm() -> Any:
+    """Return timm, which takes a second and a half to import and is of no use to pretraining."""
+    import timm
+
+    return timm
+
+
+def _check_name(name: str) -> None:
+    if _timm().is_model(name):
+        return
+    if "/" in name or ":" in name:
+        raise ValueError(
+            f"model.architecture={name} names weights, not an architecture; pass it as --init-from, and the "
+            "architecture of those weights as --model.architecture"
+        )
+    base, _, tag = name.partition(".")
+    if tag and _timm().is_model(base):
+        raise ValueError(
+            f"model.architecture={name} names weights; use --model.architecture {base}, and to start from them "
+            f"--init-from {name}"
+        )
+    near = difflib.get_close_matches(base, _timm().list_models(), n=5)
+    raise ValueError(
+        f"model.architecture={name} is unknown to timm {_timm().__version__}"
+        f"{'; nearest: ' + ', '.join(near) if near else ''}; timm.list_models() has all"
+    )
+
+
+def _arguments(spec: TimmSpec) -> dict[str, Any]:
+    """Return what rebuilds the network, besides the number of classes."""
+    arguments = dict(spec.model_args)
+    if spec.channels != 3:
+        arguments["in_chans"] = spec.channels
+    if _is_fixed(spec.architecture):
+        if spec.image_size != spec.test_image_size:
+            raise ValueError(
+                f"model.test_image_size={spec.test_image_size} is not model.image_size={spec.image_size}, and "
+                f"{spec.architecture} takes one size only; leave model.test_image_size out"
+            )
+        arguments.setdefault("img_size", list(spec.image_size))
+    return arguments
+
+
+def _is_fixed(architecture: str) -> bool:
+    config = _timm().models.get_pretrained_cfg(architecture)
+    return config is not None and config.fixed_input_size
+
+
+def _build(spec: TimmSpec, **options: Any) -> nn.Module:
+    """Return timm's model as it is, with its own stochastic depth."""
+    _check_name(spec.architecture)
+    arguments = _arguments(spec) | {"drop_rate": 0.0}  # some have a default
+    if spec.drop_path_rate > 0:
+        arguments["drop_path_rate"] = spec.drop_path_rate
+    try:
+        return _timm().create_model(spec.architecture, num_classes=len(spec.names), **arguments, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"timm's {spec.architecture} does not take one of {', '.join(sorted(arguments))} ({error}); leave it out, "
+            "or take another architecture"
+        ) from error
+
+
+def _plan_drop_paths(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _timm().layers.DropPath) and child.drop_prob > 0:
+                assert child.scale_by_keep, "no architecture of timm keeps branches unscaled"
+                setattr(parent, name, PlannedDropPath(child.drop_prob))
+
+
+@torch.no_grad()
+def _check_runs(model: nn.Module, spec: TimmSpec) -> None:
+    """Refuse what trains by numbers of its own, or is not a last layer on features. Leaves no trace."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for layer in drop_paths(model):
+        layer.draws = torch.ones(2)
+    before = torch.get_rng_state()
+    try:
+        model.train()(torch.zeros(2, spec.channels, *spec.image_size))
+        draws = not torch.equal(before, torch.get_rng_state())
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"timm's {spec.architecture} cannot train on pictures of {spec.image_size[0]} x {spec.image_size[1]} "
+            f"pixels and {spec.channels} channel(s) ({error}); choose another --model.image-size"
+        ) from error
+    finally:
+        torch.set_rng_state(before)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(kept[name])
+        for layer in drop_paths(model):
+            layer.draws = None
+    if draws:
+        raise ValueError(
+            f"model.architecture={spec.architecture} draws random numbers of its own in training (dropout inside the "
+            "network), so that a resumed run would differ; take another architecture"
+        )
+    layer, network = classifier(model), cast(Any, model.eval())
+    pixels = torch.linspace(-1, 1, spec.channels * spec.image_size[0] * spec.image_size[1])
+    pixels = pixels.view(1, spec.channels, *spec.image_size)
+    features = network.forward_head(network.forward_features(pixels), pre_logits=True)
+    if not torch.allclose(layer(features), network(pixels), atol=1e-5, rtol=1e-4):
+        raise ValueError(
+            f"the scores of timm's {spec.architecture} are not one linear layer on its features; take another "
+            "architecture"
+        )
+    model.train()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def is_timm_folder(folder: Path) -> bool:
+    """Return whether a folder is in timm's format: its `config.json` names an architecture and preprocessing."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    config = json.loads(path.read_text())
+    return isinstance(config, dict) and {"architecture", "pretrained_cfg"} <= config.keys()
+
+
+def load(name: str | Path) -> tuple[nn.Module, TimmSpec]:
+    """Return a trained model in evaluation mode, and what it is.
+
+    Args:
+        name: a folder in timm's format, a Hub id (`ORG/NAME`, also with `hf-hub:`), or a name of timm's weights
+            (`resnet50.a1_in1k`).
+
+    Raises:
+        ValueError: there is no such model, it is not in timm's format, its weights are not safetensors, or they do not
+            fit the architecture.
+    """
+    source = _read(name)
+    return _filled(source, source.spec).eval(), source.spec
+
+
+def from_weights(name: str | Path, spec: TimmSpec) -> tuple[nn.Module, list[str]]:
+    """Return a new model of `spec` with the weights of another: all of the body, and the head's known classes.
+
+    Rows of the head whose class names stay keep their weights, wherever they now stand; the others are new. At another
+    image size the positions of ViTs are resized, at other channels the first convolution is, both by timm.
+
+    Args:
+        name: as for `load`.
+        spec: what the model is to be; of the same architecture.
+
+    Returns:
+        The model in training mode, and the names of the classes that were kept, in their new order.
+
+    Raises:
+        ValueError: as of `load` and `create`; or the architecture is another.
+    """
+    source = _read(name)
+    if source.spec.architecture != spec.architecture:
+        raise ValueError(
+            f"init_from={name} is a {source.spec.architecture} and model.architecture={spec.architecture}; use "
+            f"--model.architecture {source.spec.architecture}, or other weights"
+        )
+    model = create(spec)
+    wanted = replace(spec, names=source.spec.names, drop_path_rate=0.0)
+    trained = _filled(source, wanted)
+    new, old = classifier(model), classifier(trained)
+    rows = _occurrences(source.spec.names)
+    pairs = [(row, rows[key]) for key, row in _occurrences(spec.names).items() if key in rows]
+    weight, bias = new.weight.detach().clone(), new.bias.detach().clone()
+    for row, before in pairs:
+        weight[row], bias[row] = old.weight[before].detach(), old.bias[before].detach()
+    body = {key: value for key, value in trained.state_dict().items() if value is not old.weight}
+    head = next(key for key, module in model.named_modules() if module is new)
+    model.load_state_dict(body | {f"{head}.weight": weight, f"{head}.bias": bias})
+    return model, [spec.names[row] for row, _ in pairs]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A folder in timm's format, read."""
+
+    name: str
+    spec: TimmSpec
+    weights: dict[str, Tensor]
+    config: Mapping[str, Any]
+
+
+def _read(name: str | Path) -> _Source:
+    config_path, weights_path = _files(str(name))
+    config = json.loads(config_path.read_text())
+    if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
+        raise ValueError(f"{name} is not a model in timm's format: its config.json names no architecture of timm")
+    try:
+        weights = load_file(weights_path)
+    except SafetensorError as error:
+        raise ValueError(f"{weights_path} cannot be read ({error}); copy or download it again") from error
+    return _Source(str(name), _spec(config, str(name)), weights, config["pretrained_cfg"])
+
+
+def _files(name: str) -> tuple[Path, Path]:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        config, weights = folder / "config.json", folder / "model.safetensors"
+        if not config.is_file():
+            raise ValueError(f"{name} is not a model folder: it has no config.json")
+        if not weights.is_file():
+            raise ValueError(f"{name} has no model.safetensors; pickled weights are not read, as they can carry code")
+        return config, weights
+    hub_id = _hub_id(name)
+    repo, _, revision = hub_id.partition("@")
+    paths: list[Path] = []
+    for file in ("config.json", "model.safetensors"):
+        try:
+            paths.append(Path(hf_hub_download(repo, file, revision=revision or None)))
+        except (HfHubHTTPError, OSError) as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ValueError(
+                f"{name} cannot be opened: {file} of {repo} on the Hub: {why}; check the spelling and the network. "
+                "Pickled weights are not read, as they can carry code"
+            ) from error
+    return paths[0], paths[1]
+
+
+def _hub_id(name: str) -> str:
+    hub_id = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if hub_id.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return hub_id
+    base = name.partition(".")[0]
+    if "/" in name or not _timm().is_model(base):
+        near = difflib.get_close_matches(name, _timm().list_pretrained(), n=5)
+        raise ValueError(
+            f"{name} is no folder, no Hub id (ORG/NAME) and no name of timm's weights"
+            f"{'; nearest: ' + ', '.join(near) if near else ''}"
+        )
+    config = _timm().models.get_pretrained_cfg(name) if name in _timm().list_pretrained(f"{base}.*") else None
+    if config is None or not config.hf_hub_id:
+        found = _timm().list_pretrained(f"{base}.*")
+        raise ValueError(
+            f"{name} names no weights of timm on the Hub; of {base} there are {', '.join(found) or 'none'}"
+        )
+    # timm keeps them as timm/NAME.TAG, written as the organisation alone.
+    return f"{config.hf_hub_id}{name}" if config.hf_hub_id.endswith("/") else config.hf_hub_id
+
+
+def _spec(config: Mapping[str, Any], name: str) -> TimmSpec:
+    cfg, model_args = config["pretrained_cfg"], dict(config.get("model_args") or {})
+    num_classes = config.get("num_classes", cfg.get("num_classes", model_args.get("num_classes")))
+    for key in ("num_classes", "in_chans", "drop_rate", "drop_path_rate"):  # ours to say, or matters of training
+        model_args.pop(key, None)
+    if not num_classes:
+        raise ValueError(f"{name} has no classes (num_classes={num_classes}): it is a network without a head")
+    size = tuple(cfg["input_size"])
+    test = tuple(cfg.get("test_input_size") or size)
+    return TimmSpec(
+        architecture=config["architecture"],
+        names=_names(config.get("label_names") or cfg.get("label_names"), int(num_classes), name),
+        image_size=(size[1], size[2]),
+        test_image_size=(test[1], test[2]),
+        crop_pct=cfg.get("test_crop_pct") or cfg.get("crop_pct"),
+        channels=size[0],
+        drop_path_rate=0.0,
+        mean=tuple(cfg.get("mean", (0.485, 0.456, 0.406))),
+        std=tuple(cfg.get("std", (0.229, 0.224, 0.225))),
+        loss="bce" if config.get("problem_type") == "multi_label_classification" else "ce",
+        model_args=model_args,
+    )
+
+
+def _names(given: Sequence[str] | Mapping[str, str] | None, num_classes: int, name: str) -> tuple[str, ...]:
+    """Return the classes: as written, or those of ImageNet where their number tells, or numbers."""
+    if isinstance(given, Mapping):  # ids with gaps
+        return tuple(given.get(str(row), str(row)) for row in range(num_classes))
+    if given is not None:
+        if len(given) != num_classes:
+            raise ValueError(f"{name} has {num_classes} classes and {len(given)} label_names; correct its config.json")
+        return tuple(given)
+    subset = _timm().data.infer_imagenet_subset({"num_classes": num_classes})
+    if subset is None:
+        return tuple(str(row) for row in range(num_classes))
+    return tuple(cast("list[str]", _timm().data.ImageNetInfo(subset).label_descriptions()))
+
+
+def _filled(source: _Source, spec: TimmSpec) -> nn.Module:
+    """Return a model of `spec`, with as many classes as the source has, and its weights, adapted by timm."""
+    overlay = {
+        "state_dict": dict(source.weights),
+        "source": None,
+        "file": None,
+        "custom_load": False,
+        "num_classes": len(source.spec.names),
+        "label_offset": 0,
+        "input_size": (source.spec.channels, *source.spec.image_size),
+    }
+    try:
+        return _build(spec, pretrained=True, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"the weights of {source.name} do not fit timm's {spec.architecture}: {error}") from error
+
+
+def _occurrences(names: Sequence[str]) -> dict[tuple[str, int], int]:
+    # ImageNet has two cranes: a name and how often it stood before -> the class.
+    seen: dict[str, int] = {}
+    rows: dict[tuple[str, int], int] = {}
+    for row, name in enumerate(names):
+        seen[name] = seen.get(name, -1) + 1
+        rows[name, seen[name]] = row
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor]) -> None:
+    """Write `config.json` and `model.safetensors`, for timm and for transformers.
+
+    `model_args` has no `num_classes`: transformers passes its own beside it and fails. A model trained with `bce` is
+    marked `problem_type: multi_label_classification`, so that transformers' pipeline shows sigmoid scores.
+
+    transformers prepares pictures by `input_size`, the size of training, and timm's `validate.py` by
+    `test_input_size`.
+
+    Args:
+        folder: created if need be.
+        spec: what the model is.
+        weights: whole, under timm's names.
+
+    Raises:
+        ValueError: weights are missing or left over.
+    """
+    arguments = _arguments(spec)
+    model = _on_meta(spec)
+    own = model.state_dict()
+    if wrong := own.keys() ^ weights.keys():
+        raise ValueError(
+            f"the weights are not those of timm's {spec.architecture}: {list_names(sorted(wrong))} on one side only"
+        )
+    default = _timm().models.get_pretrained_cfg(spec.architecture)
+    assert default is not None
+    cfg: dict[str, Any] = {
+        "input_size": [spec.channels, *spec.image_size],
+        "fixed_input_size": default.fixed_input_size,
+        "interpolation": "bicubic",
+        "crop_pct": spec.test_crop_pct,
+        "test_crop_pct": spec.test_crop_pct,
+        "crop_mode": "center",
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "num_classes": len(spec.names),
+        "pool_size": None,
+        "first_conv": default.first_conv,
+        "classifier": default.classifier,
+    }
+    if spec.test_image_size != spec.image_size:
+        cfg["test_input_size"] = [spec.channels, *spec.test_image_size]
+    config: dict[str, Any] = {
+        "architecture": spec.architecture,
+        "num_classes": len(spec.names),
+        "num_features": classifier(model).in_features,
+        "label_names": list(spec.names),
+        "model_args": arguments,
+        "pretrained_cfg": cfg,
+    }
+    if spec.loss == "bce":
+        config["problem_type"] = "multi_label_classification"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def _on_meta(spec: TimmSpec) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return _build(spec)

@@ -229,7 +229,10 @@ def _write_training_state(folder: Path, moments: Mapping[str, Any], state: Train
             else:
                 scalars[kind] = value
     save_file(tensors, folder / "optimizer.safetensors")
-    groups = [g | {"params": [n.removeprefix(PREFIX) for n in g["params"]]} for g in moments["param_groups"]]
+    groups = []
+    for group in moments["param_groups"]:  # LAMB counts its updates there, in a tensor
+        plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()}
+        groups.append(plain | {"params": [n.removeprefix(PREFIX) for n in group["params"]]})
     values = {"state": asdict(state), "data": data, "param_groups": groups, "optimizer_scalars": scalars}
     (folder / "state.json").write_text(json.dumps(values, indent=1))
 
@@ -357,13 +360,14 @@ def load_checkpoint(
         name, kind = key.rsplit("/", 1)
         moments.setdefault(PREFIX + name, {})[kind] = value
     for group in saved["param_groups"]:
-        if "betas" in group:  # AdamW; JSON has no tuples
+        if "betas" in group:  # JSON has no tuples
             group["betas"] = tuple(group["betas"])
         group["params"] = [PREFIX + name for name in group["params"]]
     if moments:
         set_optimizer_state_dict(
             task, optimizer, {"state": moments, "param_groups": saved["param_groups"]}, options=options
         )
+        _lay_out_as_parameters(optimizer)
     if average is not None:
         shadow = load_file(checkpoint / "model_ema" / "model.safetensors")
         for name, own_shadow in average.state().items():
@@ -375,6 +379,14 @@ def load_checkpoint(
         recipe=read_recipe(checkpoint),
         data=saved["data"],
     )
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments the strides of their parameters, which files do not keep: fused steps go by raw memory."""
+    for parameter, values in optimizer.state.items():
+        for kind, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[kind] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from hf_mae import MAEConfig, MAEForPreTraining
@@ -161,7 +162,7 @@ class ToyRun:
         task, optimizer = accelerator.prepare(*self.build())
         for method in self.forward_methods:
             register_fsdp_forward_method(accelerator.unwrap_model(task), method)
-        average = MovingAverage(task, 0.9) if self.ema else None
+        average = MovingAverage(task, 0.9, warmup=self.recipe.optim.ema_warmup) if self.ema else None
         state, window = TrainState(trivial_loss=1.0), Window(torch.device("cpu"))
         if resume is not None:
             loaded = load_checkpoint(resume, task=task, optimizer=optimizer.optimizer, average=average)
@@ -325,6 +326,76 @@ class ClassifierRun(ToyRun):
         mixing = augment.mixup > 0 or augment.cutmix > 0
         draws = MixDraws(augment, 0, size=(16, 16), images=8, length=40) if mixing else None
         return LabelledBatches(start, draws, 4, rank=rank, world=world)
+
+
+SUPERVISED = replace(
+    FINE_TUNING,
+    optim=ClassifierOptim(name="lamb", base_lr=0.5, weight_decay=0.02, clip_grad=1.0, ema_decay=0.9, ema_warmup=True),
+)
+"""What models of timm bring along: LAMB, batch normalisation, an average that warms up, 4-D weights."""
+
+
+class ConvNet(torch.nn.Module):
+    """Two convolutions, the second in a branch that a whole image may skip; batch normalisation after both."""
+
+    def __init__(self, channels_last: bool):
+        super().__init__()
+        self.channels_last = channels_last
+        self.stem, self.stem_norm = torch.nn.Conv2d(3, 8, 4, stride=4, bias=False), torch.nn.BatchNorm2d(8)
+        self.branch, self.branch_norm = torch.nn.Conv2d(8, 8, 3, padding=1, bias=False), torch.nn.BatchNorm2d(8)
+        self.mix = torch.nn.Conv2d(8, 8, 1, bias=False)
+        self.head = torch.nn.Linear(8, CLASSES)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def forward(self, x, noise=None):
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.stem_norm(self.stem(x)).relu()  # [n, 8, 4, 4]
+        branch = self.mix(self.branch_norm(self.branch(x)).relu())
+        keep = torch.ones(len(x)) if noise is None else (noise >= 0.25).float() / 0.75
+        return self.head((x + branch * keep.view(-1, 1, 1, 1)).mean((2, 3)))
+
+
+class ConvTask(torch.nn.Module):
+    """A task around it, as small as the loop allows."""
+
+    def __init__(self, channels_last: bool):
+        super().__init__()
+        self.model = ConvNet(channels_last)
+
+    def logits(self, batch):
+        noise = batch["drop_path_noise"][:, 0] if self.training else None
+        return self.model(batch["pixel_values"].float() / 255 - 0.5, noise)
+
+    def forward(self, batch):
+        return {"loss": torch.nn.functional.cross_entropy(self.logits(batch).float(), batch["labels"])}
+
+    def write_model(self, folder, weights):
+        folder.mkdir(parents=True)
+        save_file(weights, folder / "model.safetensors")
+
+
+@dataclass
+class ConvRun(ToyRun):
+    """Training by `SUPERVISED`."""
+
+    recipe: ClassifierRecipe = SUPERVISED
+    ema: bool = True
+    channels_last: bool = True
+    forward_methods = ("logits",)
+
+    def build(self):
+        task = ConvTask(self.channels_last)
+        return task, build_optimizer(task.model, self.recipe.optim, num_layers=None)
+
+    def read(self, start, rank, world):
+        return LabelledBatches(start, None, 4, rank=rank, world=world)
+
+
+@pytest.fixture
+def conv(tmp_path):
+    return ConvRun(tmp_path / "run", micro_batch=4)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 from hf_mae.recipes.base import Optim
 from hf_mae.recipes.classification import ClassifierOptim
 from hf_mae.training.statistics import running_statistics
-from hf_mae.training.tasks import ImageTask
 
 TOKENS = ("cls_token", "mask_token", "encoder_mask_token")
 
@@ -163,7 +162,7 @@ def build_optimizer(model: nn.Module, optim: ClassifierOptim, *, num_layers: int
     `clip_grad` does, by the norm over all ranks.
 
     Args:
-        model: the model, or the task that holds it.
+        model: the model. Of ours, the task that holds it will do as well.
         optim: which optimizer, and its numbers.
         num_layers: blocks of an encoder of ours; None is a timm model, which knows its layers.
 
@@ -173,7 +172,7 @@ def build_optimizer(model: nn.Module, optim: ClassifierOptim, *, num_layers: int
     _check(optim)
     lars = optim.name == "lars"
     if num_layers is None:
-        groups = timm_groups(model.model if isinstance(model, ImageTask) else model, optim)
+        groups = timm_groups(model, optim)
     else:
         groups = layer_decay_groups(
             model.named_parameters(),

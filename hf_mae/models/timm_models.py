@@ -1,9 +1,8 @@
 """Models of timm: made from a description, started from other weights, kept in the folder format timm publishes in.
 
 Their stochastic depth draws from PyTorch's global generator; here its layers are replaced by ones that are given their
-draws. A folder holds `config.json` and `model.safetensors` under timm's own names, and is loaded by timm
-(`local-dir:FOLDER`) as well as by transformers (`AutoModelForImageClassification`). Weights are read from safetensors
-only: a pickle can carry code.
+draws. What is written has timm's own names of weights, and is loaded by timm (`local-dir:FOLDER`) as well as by
+transformers (`AutoModelForImageClassification`).
 """
 
 from __future__ import annotations
@@ -11,57 +10,17 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_mae.models.convert import list_names
-
-
-@dataclass(frozen=True)
-class TimmSpec:
-    """What a model of timm is, and the pictures it takes.
-
-    Attributes:
-        architecture: name in timm, without weights.
-        names: the classes, in order.
-        image_size: height and width in pixels of training pictures.
-        test_image_size: of test pictures.
-        crop_pct: share of a test picture's short side that the centre crop keeps; None is 224/256 up to 224 pixels, and
-            1 above.
-        channels: colour channels.
-        drop_path_rate: stochastic depth of the last block. A matter of training: no folder keeps it.
-        mean: per-channel mean of the input scaled to [0, 1].
-        std: per-channel standard deviation of the same.
-        loss: what the scores were trained for: with `bce` each class is read by its sigmoid.
-        model_args: what `timm.create_model` needs besides classes, channels and the image size of ViTs.
-    """
-
-    architecture: str
-    names: tuple[str, ...]
-    image_size: tuple[int, int]
-    test_image_size: tuple[int, int]
-    crop_pct: float | None
-    channels: int
-    drop_path_rate: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    loss: Literal["ce", "bce"] = "ce"
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def test_crop_pct(self) -> float:
-        """`crop_pct`, or what its rule gives."""
-        if self.crop_pct is not None:
-            return self.crop_pct
-        return 224 / 256 if max(self.test_image_size) <= 224 else 1.0
+from hf_mae.models.timm_spec import TimmSource, TimmSpec, read_source, timm_library
+from hf_mae.models.timm_spec import is_timm_folder as is_timm_folder  # part of what this module offers
 
 
 class PlannedDropPath(nn.Module):
@@ -169,18 +128,17 @@ def checkpoint_blocks(model: nn.Module) -> None:
         ) from error
 
 
+def compile_features(model: nn.Module) -> None:
+    """Compile all of the network but its last layer, for batches of one size."""
+    network = cast(Any, model)
+    network.forward_features = torch.compile(network.forward_features, dynamic=False)
+
+
 # ------------------------------------------------------------------------------------------------ making
 
 
-def _timm() -> Any:
-    """Return timm, which takes a second and a half to import and is of no use to pretraining."""
-    import timm
-
-    return timm
-
-
 def _check_name(name: str) -> None:
-    if _timm().is_model(name):
+    if timm_library().is_model(name):
         return
     if "/" in name or ":" in name:
         raise ValueError(
@@ -188,14 +146,14 @@ def _check_name(name: str) -> None:
             "architecture of those weights as --model.architecture"
         )
     base, _, tag = name.partition(".")
-    if tag and _timm().is_model(base):
+    if tag and timm_library().is_model(base):
         raise ValueError(
             f"model.architecture={name} names weights; use --model.architecture {base}, and to start from them "
             f"--init-from {name}"
         )
-    near = difflib.get_close_matches(base, _timm().list_models(), n=5)
+    near = difflib.get_close_matches(base, timm_library().list_models(), n=5)
     raise ValueError(
-        f"model.architecture={name} is unknown to timm {_timm().__version__}"
+        f"model.architecture={name} is unknown to timm {timm_library().__version__}"
         f"{'; nearest: ' + ', '.join(near) if near else ''}; timm.list_models() has all"
     )
 
@@ -216,7 +174,7 @@ def _arguments(spec: TimmSpec) -> dict[str, Any]:
 
 
 def _is_fixed(architecture: str) -> bool:
-    config = _timm().models.get_pretrained_cfg(architecture)
+    config = timm_library().models.get_pretrained_cfg(architecture)
     return config is not None and config.fixed_input_size
 
 
@@ -227,7 +185,7 @@ def _build(spec: TimmSpec, **options: Any) -> nn.Module:
     if spec.drop_path_rate > 0:
         arguments["drop_path_rate"] = spec.drop_path_rate
     try:
-        return _timm().create_model(spec.architecture, num_classes=len(spec.names), **arguments, **options)
+        return timm_library().create_model(spec.architecture, num_classes=len(spec.names), **arguments, **options)
     except TypeError as error:
         raise ValueError(
             f"timm's {spec.architecture} does not take one of {', '.join(sorted(arguments))} ({error}); leave it out, "
@@ -238,9 +196,9 @@ def _build(spec: TimmSpec, **options: Any) -> nn.Module:
 def _plan_drop_paths(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, _timm().layers.DropPath) and child.drop_prob > 0:
-                assert child.scale_by_keep, "no architecture of timm keeps branches unscaled"
-                setattr(parent, name, PlannedDropPath(child.drop_prob))
+            rate = cast(Any, child).drop_prob if isinstance(child, timm_library().layers.DropPath) else 0.0
+            if rate > 0:
+                setattr(parent, name, PlannedDropPath(rate))
 
 
 @torch.no_grad()
@@ -284,15 +242,6 @@ def _check_runs(model: nn.Module, spec: TimmSpec) -> None:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def is_timm_folder(folder: Path) -> bool:
-    """Return whether a folder is in timm's format: its `config.json` names an architecture and preprocessing."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return False
-    config = json.loads(path.read_text())
-    return isinstance(config, dict) and {"architecture", "pretrained_cfg"} <= config.keys()
-
-
 def load(name: str | Path) -> tuple[nn.Module, TimmSpec]:
     """Return a trained model in evaluation mode, and what it is.
 
@@ -304,7 +253,7 @@ def load(name: str | Path) -> tuple[nn.Module, TimmSpec]:
         ValueError: there is no such model, it is not in timm's format, its weights are not safetensors, or they do not
             fit the architecture.
     """
-    source = _read(name)
+    source = read_source(name)
     return _filled(source, source.spec).eval(), source.spec
 
 
@@ -324,7 +273,7 @@ def from_weights(name: str | Path, spec: TimmSpec) -> tuple[nn.Module, list[str]
     Raises:
         ValueError: as of `load` and `create`; or the architecture is another.
     """
-    source = _read(name)
+    source = read_source(name)
     if source.spec.architecture != spec.architecture:
         raise ValueError(
             f"init_from={name} is a {source.spec.architecture} and model.architecture={spec.architecture}; use "
@@ -336,121 +285,16 @@ def from_weights(name: str | Path, spec: TimmSpec) -> tuple[nn.Module, list[str]
     new, old = classifier(model), classifier(trained)
     rows = _occurrences(source.spec.names)
     pairs = [(row, rows[key]) for key, row in _occurrences(spec.names).items() if key in rows]
-    weight, bias = new.weight.detach().clone(), new.bias.detach().clone()
-    for row, before in pairs:
-        weight[row], bias[row] = old.weight[before].detach(), old.bias[before].detach()
-    body = {key: value for key, value in trained.state_dict().items() if value is not old.weight}
-    head = next(key for key, module in model.named_modules() if module is new)
-    model.load_state_dict(body | {f"{head}.weight": weight, f"{head}.bias": bias})
+    head = new.state_dict()  # shares memory with the layer
+    for name, before in old.state_dict().items():
+        for row, old_row in pairs:
+            head[name][row] = before[old_row]
+    prefix = next(key for key, module in model.named_modules() if module is new)
+    model.load_state_dict(trained.state_dict() | {f"{prefix}.{name}": tensor for name, tensor in head.items()})
     return model, [spec.names[row] for row, _ in pairs]
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A folder in timm's format, read."""
-
-    name: str
-    spec: TimmSpec
-    weights: dict[str, Tensor]
-    config: Mapping[str, Any]
-
-
-def _read(name: str | Path) -> _Source:
-    config_path, weights_path = _files(str(name))
-    config = json.loads(config_path.read_text())
-    if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
-        raise ValueError(f"{name} is not a model in timm's format: its config.json names no architecture of timm")
-    try:
-        weights = load_file(weights_path)
-    except SafetensorError as error:
-        raise ValueError(f"{weights_path} cannot be read ({error}); copy or download it again") from error
-    return _Source(str(name), _spec(config, str(name)), weights, config["pretrained_cfg"])
-
-
-def _files(name: str) -> tuple[Path, Path]:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        config, weights = folder / "config.json", folder / "model.safetensors"
-        if not config.is_file():
-            raise ValueError(f"{name} is not a model folder: it has no config.json")
-        if not weights.is_file():
-            raise ValueError(f"{name} has no model.safetensors; pickled weights are not read, as they can carry code")
-        return config, weights
-    hub_id = _hub_id(name)
-    repo, _, revision = hub_id.partition("@")
-    paths: list[Path] = []
-    for file in ("config.json", "model.safetensors"):
-        try:
-            paths.append(Path(hf_hub_download(repo, file, revision=revision or None)))
-        except (HfHubHTTPError, OSError) as error:
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ValueError(
-                f"{name} cannot be opened: {file} of {repo} on the Hub: {why}; check the spelling and the network. "
-                "Pickled weights are not read, as they can carry code"
-            ) from error
-    return paths[0], paths[1]
-
-
-def _hub_id(name: str) -> str:
-    hub_id = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    if hub_id.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return hub_id
-    base = name.partition(".")[0]
-    if "/" in name or not _timm().is_model(base):
-        near = difflib.get_close_matches(name, _timm().list_pretrained(), n=5)
-        raise ValueError(
-            f"{name} is no folder, no Hub id (ORG/NAME) and no name of timm's weights"
-            f"{'; nearest: ' + ', '.join(near) if near else ''}"
-        )
-    config = _timm().models.get_pretrained_cfg(name) if name in _timm().list_pretrained(f"{base}.*") else None
-    if config is None or not config.hf_hub_id:
-        found = _timm().list_pretrained(f"{base}.*")
-        raise ValueError(
-            f"{name} names no weights of timm on the Hub; of {base} there are {', '.join(found) or 'none'}"
-        )
-    # timm keeps them as timm/NAME.TAG, written as the organisation alone.
-    return f"{config.hf_hub_id}{name}" if config.hf_hub_id.endswith("/") else config.hf_hub_id
-
-
-def _spec(config: Mapping[str, Any], name: str) -> TimmSpec:
-    cfg, model_args = config["pretrained_cfg"], dict(config.get("model_args") or {})
-    num_classes = config.get("num_classes", cfg.get("num_classes", model_args.get("num_classes")))
-    for key in ("num_classes", "in_chans", "drop_rate", "drop_path_rate"):  # ours to say, or matters of training
-        model_args.pop(key, None)
-    if not num_classes:
-        raise ValueError(f"{name} has no classes (num_classes={num_classes}): it is a network without a head")
-    size = tuple(cfg["input_size"])
-    test = tuple(cfg.get("test_input_size") or size)
-    return TimmSpec(
-        architecture=config["architecture"],
-        names=_names(config.get("label_names") or cfg.get("label_names"), int(num_classes), name),
-        image_size=(size[1], size[2]),
-        test_image_size=(test[1], test[2]),
-        crop_pct=cfg.get("test_crop_pct") or cfg.get("crop_pct"),
-        channels=size[0],
-        drop_path_rate=0.0,
-        mean=tuple(cfg.get("mean", (0.485, 0.456, 0.406))),
-        std=tuple(cfg.get("std", (0.229, 0.224, 0.225))),
-        loss="bce" if config.get("problem_type") == "multi_label_classification" else "ce",
-        model_args=model_args,
-    )
-
-
-def _names(given: Sequence[str] | Mapping[str, str] | None, num_classes: int, name: str) -> tuple[str, ...]:
-    """Return the classes: as written, or those of ImageNet where their number tells, or numbers."""
-    if isinstance(given, Mapping):  # ids with gaps
-        return tuple(given.get(str(row), str(row)) for row in range(num_classes))
-    if given is not None:
-        if len(given) != num_classes:
-            raise ValueError(f"{name} has {num_classes} classes and {len(given)} label_names; correct its config.json")
-        return tuple(given)
-    subset = _timm().data.infer_imagenet_subset({"num_classes": num_classes})
-    if subset is None:
-        return tuple(str(row) for row in range(num_classes))
-    return tuple(cast("list[str]", _timm().data.ImageNetInfo(subset).label_descriptions()))
-
-
-def _filled(source: _Source, spec: TimmSpec) -> nn.Module:
+def _filled(source: TimmSource, spec: TimmSpec) -> nn.Module:
     """Return a model of `spec`, with as many classes as the source has, and its weights, adapted by timm."""
     overlay = {
         "state_dict": dict(source.weights),
@@ -504,7 +348,7 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
         raise ValueError(
             f"the weights are not those of timm's {spec.architecture}: {list_names(sorted(wrong))} on one side only"
         )
-    default = _timm().models.get_pretrained_cfg(spec.architecture)
+    default = timm_library().models.get_pretrained_cfg(spec.architecture)
     assert default is not None
     cfg: dict[str, Any] = {
         "input_size": [spec.channels, *spec.image_size],

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.modeling_mae import MAEForPreTraining
 from hf_mae.models.targets import make_target
-from hf_mae.models.timm_models import TimmSpec, classifier, drop_paths, write_timm_folder
+from hf_mae.models.timm_models import classifier, drop_paths, write_timm_folder
+from hf_mae.models.timm_spec import TimmSpec
 from hf_mae.recipes.classification import ClassifierAugment, Loss
 from hf_mae.training.losses import classification_loss, trivial_loss
 from hf_mae.training.mixing import mix_images

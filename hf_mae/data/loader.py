@@ -7,6 +7,8 @@ last batch trained on, never the reader's, which is ahead.
 `repeats` samples are made of each image, each with its own crop and mask (Hoffer et al. 2020, "Augment your batch";
 Feichtenhofer et al. 2022, "Masked autoencoders as spatiotemporal learners"). The stream then runs over global_batch /
 repeats images, and a rank's batch holds the first sample of each of its images, then the second of each, and so on.
+`repeat_augment` is the other way to have several samples of an image: they take places in a row of the stream, go to
+different ranks, and each decodes its own.
 
 A picture that cannot be decoded is replaced by the next good row of its chunk, then of the chunks after it: a function
 of (chunk, row) alone, so all ranks, workers and restarts agree. It is listed in its batch. Whether there are too many
@@ -39,6 +41,7 @@ __all__ = [
     "Stream",
     "check_state",
     "loader_state",
+    "repeat_note",
     "steps_per_epoch",
 ]
 
@@ -75,7 +78,8 @@ class Batch:
     """int64 [n], -1 where there is none."""
     epochs: Ints
     positions: Ints
-    """int64 [n]: sample v of the image at position p of its epoch is at p * repeats + v."""
+    """int64 [n]: sample v of the image at position p of its epoch is at p * repeats + v, with `repeat_augment` at p *
+    repeat_augment + v."""
     extras: dict[str, Tensor]
     cursor: int
     """Global batches consumed, including this one."""
@@ -107,6 +111,7 @@ class Loader:
         max_pixels: largest picture that is decoded.
         decoder: see `hf_mae.data.augment.sample_pixels`.
         repeats: samples made of each image, all in one batch.
+        repeat_augment: places in a row of the stream that each image takes, see `hf_mae.recipes.base.Data`.
         pin_memory: put the batches into page-locked memory, from which copies to a GPU need not be waited for. Without
             CUDA it changes nothing.
         extras: (epochs [n], positions [n]) to more tensors of the batch, such as mask noise; called in a worker thread.
@@ -140,6 +145,7 @@ class Loader:
         max_pixels: int = 89_478_485,
         decoder: Literal["exact", "fast"] = "exact",
         repeats: int = 1,
+        repeat_augment: int = 1,
         pin_memory: bool = False,
         extras: Extras | None = None,
         num_classes: int | None = None,
@@ -151,6 +157,9 @@ class Loader:
             raise ValueError(f"num_workers={num_workers} must not be negative")
         if repeats < 1:
             raise ValueError(f"repeats={repeats} must be at least 1")
+        if repeat_augment < 1:
+            raise ValueError(f"repeat_augment={repeat_augment} must be at least 1; 1 is off")
+        assert repeats == 1 or repeat_augment == 1, "two ways to the same end; the recipe refuses both at once"
         if global_batch % (world * repeats):
             raise ValueError(
                 f"global_batch={global_batch} is not a multiple of the {world} processes"
@@ -170,6 +179,7 @@ class Loader:
             cursor=cursor,
             stop=stop,
             remainder=remainder,
+            repeat_augment=repeat_augment,
             ahead=ahead,
             readers=readers,
         )
@@ -322,7 +332,7 @@ class Loader:
             self._undecodable[chunk, row] = reason
             labels[i] = self._stand_in(piece, i, chunks[i], pixels.numpy()[:, i : i + 1])
             shard, number = self._source.describe(chunk, row)
-            epoch, position = int(piece.epochs[i]), int(piece.positions[i])
+            epoch, position = int(piece.epochs[i]), int(piece.positions[i]) // self._stream.repeat_augment
             bad.append(
                 BadSample(batch=piece.index, epoch=epoch, position=position, shard=shard, row=number, reason=reason)
             )
@@ -405,7 +415,7 @@ class Loader:
         line = f"order: {order.lanes} lanes, {order.window} chunks a window: {mixed:,} rows mixed"
         if source.bytes_per_row:
             # Read ahead at half a window, 1.65 windows are held on average; with lanes not shared out, on every rank.
-            sharing = stream.world if order.lanes % stream.world == 0 else 1
+            sharing = max(1, stream.world // stream.repeat_augment) if order.lanes % stream.world == 0 else 1
             held = min(1.65 * mixed / sharing, order.num_rows) * source.bytes_per_row
             line += f", about {held / 1e6:,.0f} MB of encoded images held per process"
         lines = [line]
@@ -414,6 +424,12 @@ class Loader:
                 f"repeats: {repeats} samples of each image, {stream.global_batch} different images a batch; this "
                 "changes what is learned, not only the speed"
             )
+        if (copies := stream.repeat_augment) > 1:
+            different = -(-stream.global_batch // copies)
+            line = f"repeated augmentation: {copies} copies of each image, about {different} different images a batch"
+            lines.append(f"{line}, {-(-stream.length // copies):,} of {order.num_rows:,} an epoch")
+        if (note := repeat_note(copies, stream.world)) is not None:
+            lines.append(note)
         if (classes := self._classes_per_window()) is not None:
             lines.append(f"classes: {classes[0]:,} of {classes[1]:,} in the first {mixed:,} rows")
         if order.lanes % stream.world:
@@ -442,6 +458,16 @@ class Loader:
             labels = self._source.labels(chunk)
             seen.update([] if labels is None else labels.tolist())
         return len(seen - {-1}), len(names)
+
+
+def repeat_note(repeat_augment: int, world: int) -> str | None:
+    """Say that copies of an image meet on one process, where there are fewer processes than copies; else None."""
+    if repeat_augment <= 1 or world >= repeat_augment:
+        return None
+    return (
+        f"note: data.repeat_augment={repeat_augment} over {world} process(es): copies of an image share a process, so "
+        "batch normalisation sees fewer different images than with a process for each copy"
+    )
 
 
 def first_reasons(bad: Mapping[tuple[str, int], str]) -> str:

@@ -4,6 +4,10 @@ Global stream position g = epoch * N + p; global batch k is [k*B, (k+1)*B); rank
 stream is endless over epochs. Its whole state is k: any rank can compute any position, so a run may go on with another
 number of ranks.
 
+With repeated augmentation (Hoffer et al. 2020, as DeiT and timm sample it) every image takes R places in a row, so that
+its copies go to neighbouring ranks: place s of an epoch holds image s // R of its order. An epoch stays N places long,
+made of its first N / R images; the next one shuffles all of them anew.
+
 Chunks are held by reference count: those of the window each lane is in, and of the lane's next window once part of the
 current one is used. A lane keeps its rank over epochs when the ranks divide the lanes and the batch.
 """
@@ -47,12 +51,15 @@ def steps_per_epoch(rows: int, global_batch: int, remainder: Remainder) -> float
 
 
 def images_per_epoch(rows: int, images: int, remainder: Remainder) -> int:
-    """Return the images of one epoch, `images` of which make a global batch: all rows, or those of whole batches."""
+    """Return the images of one epoch, `images` of which make a global batch: all rows, or those of whole batches.
+
+    With repeated augmentation these are places: as many, taken by fewer different images.
+    """
     return rows if remainder == "carry" else int(steps_per_epoch(rows, images, remainder)) * images
 
 
 def loader_state(
-    source: Source, order: Order, global_batch: int, remainder: Remainder, repeats: int = 1
+    source: Source, order: Order, global_batch: int, remainder: Remainder, repeats: int = 1, repeat_augment: int = 1
 ) -> dict[str, Any]:
     """Return what decides the order, to be saved beside the cursor and compared by `check_state` at resume.
 
@@ -62,6 +69,7 @@ def loader_state(
         global_batch: samples of all ranks together, `repeats` of each image.
         remainder: see `Stream`.
         repeats: samples made of each image.
+        repeat_augment: places that an image takes in a row.
     """
     return {
         "seed": order.seed,
@@ -69,6 +77,7 @@ def loader_state(
         "window": order.window,
         "global_batch": global_batch,
         "repeats": repeats,
+        "repeat_augment": repeat_augment,
         "remainder": remainder,
         "fingerprint": source.fingerprint,
         "rows": order.num_rows,
@@ -84,8 +93,8 @@ def check_state(saved: Mapping[str, Any], current: Mapping[str, Any], cursor: in
     Raises:
         ValueError: something that decides the order differs; names it, with both values.
     """
-    saved = {"repeats": 1, **saved}  # the first checkpoints do not say
-    for name in ("rows", "fingerprint", "seed", "remainder", "lanes", "window", "repeats"):
+    saved = {"repeats": 1, "repeat_augment": 1, **saved}  # the first checkpoints do not say
+    for name in ("rows", "fingerprint", "seed", "remainder", "lanes", "window", "repeats", "repeat_augment"):
         if saved[name] != current[name]:
             what = (
                 "the data has changed" if name in ("rows", "fingerprint") else "the order of the samples would change"
@@ -113,6 +122,7 @@ class Piece:
     """Number of the global batch."""
     epochs: Ints
     positions: Ints
+    """Places in their epochs; with repeated augmentation each copy of an image has its own."""
     chunks: Ints
     rows: Ints
     futures: list[Future[Chunk]]
@@ -142,6 +152,7 @@ class Stream:
         cursor: global batches consumed before.
         stop: global batch to end at, None for never.
         remainder: whether the last rows of an epoch open the next one or are left out.
+        repeat_augment: places in a row that each image takes.
         ahead: fraction of a window that is still unused when the next one is asked for, in [0, 1].
         readers: threads that read chunks.
     """
@@ -157,6 +168,7 @@ class Stream:
         cursor: int = 0,
         stop: int | None = None,
         remainder: Remainder = "carry",
+        repeat_augment: int = 1,
         ahead: float = 0.5,
         readers: int = 4,
     ) -> None:
@@ -166,14 +178,16 @@ class Stream:
             raise ValueError(f"rank={rank} must be in [0, {world})")
         self._source, self._order = source, order
         self.global_batch, self.rank, self.world = global_batch, rank, world
-        self.cursor, self.stop, self.ahead = cursor, stop, ahead
+        self.cursor, self.stop, self.ahead, self.repeat_augment = cursor, stop, ahead, repeat_augment
         steps_per_epoch(order.num_rows, global_batch, remainder)  # refuses what leaves nothing
-        # Rows of an epoch that are used.
+        # Places of an epoch that are used.
         self.length = images_per_epoch(order.num_rows, global_batch, remainder)
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")
         self._live: dict[int, _Live] = {}
-        # Per slot (a lane, followed over epochs): its open windows (epoch, lane, window) and their chunks.
+        # Per slot (a copy of a lane's images, followed over epochs): its open windows (epoch, lane, window) and their
+        # chunks. A rank that gets several copies of an image opens a window in several slots; it is read once.
         self._open: dict[int, dict[tuple[int, int, int], list[int]]] = {}
+        self._slots = order.lanes * repeat_augment
         self.num_reads = self.most_live = 0
 
     def __iter__(self) -> Iterator[Piece]:
@@ -182,12 +196,13 @@ class Stream:
             yield self._next()
 
     def _next(self) -> Piece:
-        batch, lanes = self.global_batch, self._order.lanes
+        batch = self.global_batch
         g = np.arange(self.cursor * batch + self.rank, (self.cursor + 1) * batch, self.world, dtype=np.int64)
         epochs, positions = np.divmod(g, self.length)
-        places = self._order.locate(epochs, positions)
-        # The windows that are touched, in the order of their first use, with the last position used in each.
-        key = (epochs - epochs[0]) * lanes + places.lanes
+        images = positions // self.repeat_augment
+        places = self._order.locate(epochs, images)
+        # The windows that are touched, in the order of their first use, with the last image used in each.
+        key = (epochs - epochs[0]) * self._slots + positions % self._slots
         key = key * (int(places.windows.max()) + 1) + places.windows
         _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
         last = np.zeros(len(first), dtype=np.int64)
@@ -196,10 +211,10 @@ class Stream:
         touched: dict[int, tuple[int, int, int]] = {}
         for i, j in zip(first[by_use].tolist(), last[by_use].tolist(), strict=True):
             window = int(epochs[i]), int(places.lanes[i]), int(places.windows[i])
-            slot = int(g[i] % lanes)
+            slot = int(g[i] % self._slots)
             self._ask(slot, window)
             touched[slot] = window
-            self._look_ahead(slot, window, int(positions[j]))
+            self._look_ahead(slot, window, int(images[j]))
         futures = [self._live[chunk].future for chunk in places.chunks.tolist()]
         for slot, window in touched.items():
             for old in [w for w in self._open[slot] if _before(w, window)]:
@@ -208,31 +223,37 @@ class Stream:
         self.cursor += 1
         return piece
 
-    def _look_ahead(self, slot: int, window: tuple[int, int, int], position: int) -> None:
-        """Ask for the lane's next window when enough of this one is used."""
+    def _look_ahead(self, slot: int, window: tuple[int, int, int], image: int) -> None:
+        """Ask for the slot's next window when enough of this one is used."""
         epoch, lane, number = window
         order = self._order
         start = order.window_start(epoch, lane, number)
         end = order.window_start(epoch, lane, number + 1)
-        if position < end - self.ahead * (end - start):
+        if image < end - self.ahead * (end - start):
             return
-        if number + 1 < order.num_windows(epoch, lane) and end < self.length:
+        if number + 1 < order.num_windows(epoch, lane) and self._place(slot, epoch, end) < self.length:
             self._ask(slot, (epoch, lane, number + 1))
         else:
             # The next epoch gives the slot another lane: its label turns by the length of an epoch.
-            epoch, lane, number = epoch + 1, (lane - self.length) % order.lanes, 0
-            if lane < min(self.length, order.num_rows) and self._is_wanted(epoch * self.length + lane):
-                self._ask(slot, (epoch, lane, 0))
+            label = self._label(slot, epoch + 1)
+            if label < self.length:
+                self._ask(slot, (epoch + 1, label // self.repeat_augment, 0))
 
-    def _is_wanted(self, g: int) -> bool:
-        return self.stop is None or g < self.stop * self.global_batch
+    def _label(self, slot: int, epoch: int) -> int:
+        """Return the first place of an epoch that is a slot's."""
+        return (slot - epoch * self.length) % self._slots
+
+    def _place(self, slot: int, epoch: int, image: int) -> int:
+        """Return the place of a slot's copy of an image in its epoch."""
+        return image * self.repeat_augment + self._label(slot, epoch) % self.repeat_augment
 
     def _ask(self, slot: int, window: tuple[int, int, int]) -> None:
         windows = self._open.setdefault(slot, {})
         if window in windows:
             return
         epoch, lane, number = window
-        if not self._is_wanted(epoch * self.length + self._order.window_start(epoch, lane, number)):
+        first = self._place(slot, epoch, self._order.window_start(epoch, lane, number))
+        if self.stop is not None and epoch * self.length + first >= self.stop * self.global_batch:
             return
         chunks = np.unique(self._order.window_places(epoch, lane, number)[0]).tolist()
         for chunk in chunks:

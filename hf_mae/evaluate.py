@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from transformers import AutoImageProcessor
+from transformers.utils.hub import cached_file
 
 from hf_mae.data.imagenet import (
     NUM_CLASSES,
@@ -29,20 +31,24 @@ from hf_mae.evaluation.report import Drawing
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.convert import load_official_checkpoint
 from hf_mae.models.modeling_classification import MAEForImageClassification
-from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Data
+from hf_mae.models.timm_models import from_weights, is_timm_folder, load
+from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Data, Size
 from hf_mae.recipes.evaluation import Evaluation
 from hf_mae.run import model_folder, progress
 from hf_mae.training.checkpoint import write_atomic
 from hf_mae.training.distributed import agree, describe_world, gather_objects, make_accelerator
 from hf_mae.training.monitors import Printer
-from hf_mae.training.tasks import Classification
+from hf_mae.training.tasks import Classification, TimmClassification
+
+CSV_COLUMNS = ("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation")
+"""Columns of timm's files of results."""
 
 
 def evaluate(recipe: Evaluation) -> dict[str, Any]:
     """Evaluate a classifier. A collective: every process calls it.
 
-    Writes `evaluation.json` (all results, per class as well), `summary.json` (what is returned) and pictures to
-    `recipe.out`, or to `default_out`.
+    Writes `evaluation.json` (all results, per class as well), `summary.json` (what is returned, and with which pictures
+    it was measured) and pictures to `recipe.out`, or to `default_out`; and a row to `recipe.csv`.
 
     Returns:
         The numbers: `top1`, `top5`, `eval_loss`, `ece` and `examples`; `real_top1` for ReaL labels; `mce` and the error
@@ -53,27 +59,38 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     """
     if not recipe.model:
         raise ValueError("model is empty; name a classifier: --model RUN_FOLDER, a model folder or a Hub id")
+    if recipe.csv and recipe.corruptions:
+        raise ValueError(f"csv={recipe.csv} has no column for the errors of corruptions; leave it out")
     accelerator = make_accelerator(recipe.engine)
     say = Printer(accelerator.is_main_process)
-    name = model_folder(recipe.model, field="model")
-    model, mean, std = _load_official(name, say) if Path(name).is_file() else _load(name)
-    if recipe.image_size is not None:
-        model.resize_positions(recipe.image_size)
-    task = Classification(model, mean, std).to(accelerator.device).eval()
-    say(f"hf_mae: evaluating {name} on {recipe.name}, {describe_world(accelerator)}")
+    judged = load_classifier(recipe.model, recipe.image_size, say)
+    judged.task.to(accelerator.device).eval()
+    say(f"hf_mae: evaluating {judged.name} on {recipe.name}, {describe_world(accelerator)}")
     out = Path(recipe.out or default_out(recipe))
     error = None
     if accelerator.is_main_process:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            if recipe.csv:
+                read_csv(Path(recipe.csv))  # refuses another kind of file before the work is done
         except OSError as caught:
-            error = ValueError(f"out={out} cannot be made ({caught}); choose another --out")
+            error = ValueError(f"out={out} or csv={recipe.csv!r} cannot be used ({caught}); choose another")
+        except ValueError as caught:
+            error = caught
     agree(error, accelerator, f"making {out}")
-    one = _One(recipe, task, accelerator, say)
+    one = _One(recipe, judged, accelerator, say)
     numbers = one.corruptions() if recipe.corruptions else one(recipe.data, out)
-    summary = {"recipe": recipe.name, "model": str(name), "data": recipe.data.path, "numbers": numbers}
+    pictures = {
+        "image_size": list(judged.image_size),
+        "train_size": list(judged.train_size),
+        "crop_pct": one.shown_crop_pct,
+        "parameters": judged.parameters,
+    }
+    summary = {"recipe": recipe.name, "model": judged.name, "data": recipe.data.path, "numbers": numbers} | pictures
     if accelerator.is_main_process:
         write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if recipe.csv:
+            append_csv(Path(recipe.csv), csv_row(recipe.model, numbers, pictures))
     say(
         ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
@@ -99,8 +116,99 @@ def default_out(recipe: Evaluation) -> Path:
     return Path("runs") / f"evaluate-{recipe.name}-{name.removesuffix('.pth')}"
 
 
-Loaded = tuple[MAEForImageClassification, Sequence[float], Sequence[float]]
-"""A classifier, and the mean and std of its images."""
+@dataclass(frozen=True)
+class Judged:
+    """A classifier, and the pictures it is shown.
+
+    Attributes:
+        name: where it was found.
+        task: normalises pictures and gives scores.
+        names: its classes, in the order of its scores.
+        image_size: height and width of test pictures in pixels.
+        train_size: of the pictures it was trained on.
+        channels: 3 or 1.
+        crop_pct: of the pictures it brings with it; None is MAE's rule, see `hf_mae.data.images.eval_image`.
+    """
+
+    name: str
+    task: Classification | TimmClassification
+    names: list[str]
+    image_size: tuple[int, int]
+    train_size: tuple[int, int]
+    channels: int
+    crop_pct: float | None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model holds."""
+        return sum(p.numel() for p in self.task.model.parameters())
+
+
+def load_classifier(model: str, image_size: Size | None, say: Printer) -> Judged:
+    """Load what `Evaluation.model` names: a classifier of ours or of timm.
+
+    Args:
+        model: a run folder, a model folder, a Hub id, a `.pth` file, or a name of timm's weights.
+        image_size: of test pictures; None is the model's own.
+        say: prints a line.
+
+    Raises:
+        ValueError: there is no such model, it is no classifier, or its format is unknown.
+    """
+    if _is_timm_name(model):
+        return _load_timm(model, image_size)
+    name = model_folder(model.removeprefix("hf-hub:"), field="model")
+    if _in_timm_format(name):
+        return _load_timm(name, image_size)
+    made, mean, std = _load_official(name, say) if Path(name).is_file() else _load(name)
+    trained = height_width(made.config.image_size)
+    if image_size is not None:
+        made.resize_positions(image_size)
+    id2label: Any = made.config.id2label
+    return Judged(
+        name=str(name),
+        task=Classification(made, mean, std),
+        names=[id2label[i] for i in sorted(id2label)],
+        image_size=height_width(made.config.image_size),
+        train_size=trained,
+        channels=made.config.num_channels,
+        crop_pct=None,
+    )
+
+
+def _is_timm_name(model: str) -> bool:
+    if "/" in model or Path(model).expanduser().exists():
+        return False
+    import timm  # takes seconds
+
+    return timm.is_model(model.partition(".")[0])
+
+
+def _in_timm_format(name: Path | str) -> bool:
+    if isinstance(name, Path):
+        return name.is_dir() and is_timm_folder(name)
+    config = cached_file(name, "config.json")
+    return config is not None and is_timm_folder(Path(config).parent)
+
+
+def _load_timm(name: Path | str, image_size: Size | None) -> Judged:
+    model, spec = load(name)
+    size = spec.test_image_size if image_size is None else height_width(image_size)
+    if size != spec.test_image_size:  # timm resizes the positions of those that have them
+        model, _ = from_weights(name, replace(spec, image_size=size, test_image_size=size))
+    return Judged(
+        name=str(name),
+        task=TimmClassification(model, spec),
+        names=list(spec.names),
+        image_size=size,
+        train_size=spec.image_size,
+        channels=spec.channels,
+        crop_pct=spec.crop_pct,
+    )
+
+
+Loaded = tuple[MAEForImageClassification, "list[float] | tuple[float, ...]", "list[float] | tuple[float, ...]"]
+"""A classifier of ours, and the mean and std of its images."""
 
 
 def _load(name: Path | str) -> Loaded:
@@ -139,15 +247,22 @@ def _no_classifier(name: Path | str, what: str) -> ValueError:
 class _One:
     """Evaluates one split after another with the same model."""
 
-    def __init__(self, recipe: Evaluation, task: Classification, accelerator: Accelerator, say: Printer):
-        self.recipe, self.task, self.accelerator, self.say = recipe, task, accelerator, say
-        id2label: Any = task.config.id2label
-        self.names: list[str] = [id2label[i] for i in sorted(id2label)]
+    def __init__(self, recipe: Evaluation, judged: Judged, accelerator: Accelerator, say: Printer):
+        self.recipe, self.judged, self.accelerator, self.say = recipe, judged, accelerator, say
+        self.task, self.names = judged.task, judged.names
+        self.crop_pct = judged.crop_pct if recipe.crop_pct is None else recipe.crop_pct
         if recipe.classes != "names" and len(self.names) != NUM_CLASSES:
             raise ValueError(
                 f"model={recipe.model} has {len(self.names)} classes and {recipe.name} is judged on ImageNet's "
                 f"{NUM_CLASSES}; name a model trained on ImageNet-1k, or use the preset own"
             )
+
+    @property
+    def shown_crop_pct(self) -> float:
+        """Part of the short side that the pictures show, by MAE's rule where nothing else says."""
+        if self.crop_pct is not None:
+            return self.crop_pct
+        return 224 / 256 if max(self.judged.image_size) <= 224 else 1.0
 
     def __call__(self, data: Data, out: Path | None) -> dict[str, Any]:
         """Return the numbers of one split; write and draw them if there is an `out`."""
@@ -155,14 +270,14 @@ class _One:
         source = _open(data, self.say, needs_labels=recipe.labels != "real")
         split = WholeSplit(
             source,
-            image_size=height_width(self.task.config.image_size),
-            channels=self.task.config.num_channels,
+            image_size=self.judged.image_size,
+            channels=self.judged.channels,
             batch=recipe.batch,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             num_workers=recipe.num_workers,
             max_pixels=data.max_pixels,
-            crop_pct=recipe.crop_pct,
+            crop_pct=self.crop_pct,
             names=recipe.labels == "real",
         )
         batches = progress(split, accelerator)
@@ -239,3 +354,53 @@ def _open(data: Data, say: Printer, *, needs_labels: bool) -> Source:
     if needs_labels and not source.has_labels:
         raise ValueError(f"{source.where}: has no labels; name another split (--data.split) or --data.label-column")
     return source
+
+
+def csv_row(model: str, numbers: dict[str, Any], pictures: dict[str, Any]) -> dict[str, str]:
+    """Return one row in the form of timm's results: percent with three decimals, parameters in millions.
+
+    Args:
+        model: its name.
+        numbers: of `evaluate`; of ReaL labels the top-1, whose top-5 is not measured and stays empty.
+        pictures: `image_size`, `crop_pct` and `parameters`.
+    """
+    percent = {"top1": numbers.get("top1", numbers.get("real_top1")), "top5": numbers.get("top5")}
+    height, width = pictures["image_size"]
+    row = {"model": model}
+    for name, value in percent.items():
+        row[name] = "" if value is None else f"{100 * value:.3f}"
+        row[f"{name}_err"] = "" if value is None else f"{100 - 100 * value:.3f}"
+    return row | {
+        "param_count": f"{pictures['parameters'] / 1e6:.2f}",
+        "img_size": str(height) if height == width else f"{height}x{width}",
+        "crop_pct": f"{pictures['crop_pct']:.4g}",
+        "interpolation": "bicubic",
+    }
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a file of results, none if there is no file.
+
+    Raises:
+        ValueError: its columns are others.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != CSV_COLUMNS:
+            raise ValueError(
+                f"csv={path} has the columns {', '.join(reader.fieldnames or ['(none)'])}; a row needs "
+                f"{', '.join(CSV_COLUMNS)}: choose another --csv"
+            )
+        return list(reader)
+
+
+def append_csv(path: Path, row: dict[str, str]) -> None:
+    """Write the rows of a file and one more, in one move."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list[str](CSV_COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*read_csv(path), row])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.getvalue())

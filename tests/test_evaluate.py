@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from hf_mae import MAEConfig, MAEForImageClassification
 from hf_mae.data.imagenet import ALEXNET_ERRORS, a_classes, class_of
-from hf_mae.evaluate import default_out, evaluate
+from hf_mae.evaluate import CSV_COLUMNS, csv_row, default_out, evaluate
+from hf_mae.models.timm_models import TimmSpec, create, load, write_timm_folder
 from hf_mae.recipes.base import Data
 from hf_mae.recipes.evaluation import EVALUATIONS
 from hf_mae.training.tasks import Classification
@@ -284,3 +286,129 @@ def test_another_size_resizes_the_positions(model, tmp_path):
     write(tmp_path / "data" / TENCH, 1)
     write(tmp_path / "data" / HEN, 2)
     assert ask("imagenet-sketch", model, tmp_path, tmp_path / "data", image_size=16)["examples"] == 2
+
+
+def timm_folder(folder, architecture="test_resnet", **changes):
+    """A model of timm for pictures of 32 pixels, tested at 40, whose last layer sees more than its first weights."""
+    spec = TimmSpec(
+        architecture=architecture,
+        names=("0", "1", "2", "3", "4", "5"),
+        image_size=(32, 32),
+        test_image_size=(40, 40),
+        crop_pct=0.9,
+        channels=3,
+        drop_path_rate=0.0,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.25, 0.3),
+    )
+    spec = replace(spec, **changes)
+    torch.manual_seed(0)
+    made = create(spec)
+    for name, parameter in made.named_parameters():
+        if name.startswith(("fc.", "head.")):
+            torch.nn.init.normal_(parameter)
+    write_timm_folder(folder, spec, made.state_dict())
+    return folder
+
+
+@pytest.fixture
+def coloured(tmp_path):
+    for name in range(6):
+        folder = tmp_path / "data" / str(name)
+        folder.mkdir(parents=True)
+        for value in range(4):
+            pixels = np.random.default_rng([name, value]).integers(0, 255, (50, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{value}.png")
+    return tmp_path / "data"
+
+
+def timm_says(folder, data, size, crop_pct):
+    """Top-1 of timm's own model, fed by timm's own transform."""
+    made = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(
+        (3, size, size), interpolation="bicubic", crop_pct=crop_pct, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)
+    )
+    files = sorted(data.rglob("*.png"))
+    with torch.no_grad():
+        said = made(torch.stack([transform(Image.open(file).convert("RGB")) for file in files])).argmax(1)
+    return sum(int(s) == int(file.parent.name) for s, file in zip(said, files, strict=True)) / len(files)
+
+
+def test_a_timm_folder_is_evaluated_at_its_test_size_and_crop_as_timm_does(tmp_path, coloured):
+    folder = timm_folder(tmp_path / "made")
+    found = ask("own", folder, tmp_path, coloured, pictures=True)
+    assert found["top1"] == timm_says(folder, coloured, 40, 0.9)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["image_size"], summary["train_size"], summary["crop_pct"]) == ([40, 40], [32, 32], 0.9)
+    drawn = {path.name for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert "confusion.png" in drawn
+    assert "attention.png" not in drawn
+    wide = ask("own", folder, tmp_path, coloured, image_size=32, crop_pct=1.0)
+    assert wide["top1"] == timm_says(folder, coloured, 32, 1.0)
+    assert wide["eval_loss"] != found["eval_loss"]
+
+
+def test_a_vit_of_timm_is_tested_at_another_size(tmp_path, coloured):
+    folder = timm_folder(tmp_path / "made", "test_vit", test_image_size=(32, 32))
+    losses = {size: ask("own", folder, tmp_path, coloured, image_size=size)["eval_loss"] for size in (None, 32, 48)}
+    assert losses[None] == losses[32] != losses[48]
+
+
+def test_the_best_model_of_a_run_may_be_of_timm(tmp_path, coloured):
+    folder = timm_folder(tmp_path / "made")
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    shutil.copytree(folder, tmp_path / "run" / "best" / "model")
+    found = ask("own", tmp_path / "run" / "best" / "model", tmp_path, coloured)
+    assert found == ask("own", folder, tmp_path, coloured) | {"eval_images_per_second": found["eval_images_per_second"]}
+
+
+def test_timm_models_are_judged_on_imagenet_and_its_reassessed_labels(tmp_path, monkeypatch):
+    folder, root = timm_folder(tmp_path / "made", names=tuple(str(i) for i in range(1000))), tmp_path / "data"
+    for i, synset in enumerate([TENCH, TENCH, HEN], 1):
+        write(root / synset, i)
+        (root / synset / f"{i}.png").rename(root / synset / f"ILSVRC2012_val_{i:08d}_{synset}.png")
+    every = {f"ILSVRC2012_val_{i:08d}": list(range(1000)) if i < 3 else [] for i in range(1, 4)}
+    monkeypatch.setattr("hf_mae.evaluate.real_labels", lambda: every)
+    assert ask("imagenet-sketch", folder, tmp_path, root)["examples"] == 3
+    assert ask("imagenet-real", folder, tmp_path, root) == {"real_top1": 1.0, "real_examples": 2, "bad_images": 0}
+
+
+def test_a_name_of_timms_weights_is_loaded_by_timm(monkeypatch, tmp_path, coloured):
+    folder = timm_folder(tmp_path / "made")
+    asked = []
+    monkeypatch.setattr("hf_mae.evaluate.load", lambda name: (asked.append(name), load(folder))[1])
+    ask("own", "test_resnet.r160_in1k", tmp_path, coloured)
+    assert asked == ["test_resnet.r160_in1k"]
+    with pytest.raises(ValueError, match=r"model=my_run does not exist"):
+        ask("own", "my_run", tmp_path, coloured)
+
+
+def test_a_row_in_the_form_of_timms_results_is_appended(tmp_path, coloured):
+    folder, file = timm_folder(tmp_path / "made"), tmp_path / "results" / "own.csv"
+    found = [ask("own", folder, tmp_path, coloured, image_size=size, csv=str(file)) for size in (None, 32)]
+    header, *rows = file.read_text().splitlines()
+    assert header == "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation"
+    assert len(rows) == 2
+    for row, numbers, size in zip(rows, found, ("40", "32"), strict=True):
+        model, top1, top1_err, top5, _, parameters, *rest = row.split(",")
+        assert (model, rest) == (str(folder), [size, "0.9", "bicubic"])
+        assert (top1, top5) == (f"{100 * numbers['top1']:.3f}", f"{100 * numbers['top5']:.3f}")
+        assert float(top1) + float(top1_err) == pytest.approx(100)
+        assert float(parameters) == pytest.approx(sum(p.numel() for p in load(folder)[0].parameters()) / 1e6, abs=0.005)
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"own.csv has the columns a, b; a row needs model, top1"):
+        ask("own", folder, tmp_path, coloured, csv=str(file))
+    assert file.read_text() == "a,b\n1,2\n"
+    with pytest.raises(ValueError, match="has no column for the errors of corruptions"):
+        ask("imagenet-c", folder, tmp_path, coloured, csv=str(file))
+
+
+def test_the_rows_of_timm_come_out_digit_for_digit():
+    """resnet50.a1_in1k at 224 pixels, crop 0.95, in timm's results-imagenet.csv; ReaL has no top-5 here."""
+    pictures = {"image_size": [224, 224], "crop_pct": 0.95, "parameters": 25_557_032}
+    row = csv_row("resnet50.a1_in1k", {"top1": 0.80382, "top5": 0.94602}, pictures)
+    assert ",".join(row[name] for name in CSV_COLUMNS) == (
+        "resnet50.a1_in1k,80.382,19.618,94.602,5.398,25.56,224,0.95,bicubic"
+    )
+    real = csv_row("x", {"real_top1": 0.5, "real_examples": 4}, pictures | {"image_size": [224, 160]})
+    assert [real[name] for name in ("top1", "top5", "img_size")] == ["50.000", "", "224x160"]

@@ -24,7 +24,7 @@ SHOWN = 8
 
 
 class Drawing:
-    """Draws all pictures of one evaluation. A collective, since the attention is computed by the model.
+    """Draws all pictures of one evaluation. A collective: the attention, where there is any, the model computes.
 
     Args:
         names: of the classes.
@@ -46,8 +46,8 @@ class Drawing:
         self.folder, self.accelerator = folder, accelerator
 
     def __call__(self, results: ClassResults, inner: Any) -> None:
-        """Draw the results of a task, which has `attention` and `config`."""
-        images, attention = self._examples(), None
+        """Draw the results of a task; if it `can_attend`, it has `attention` and `config`."""
+        images, attention = self._examples() if inner.can_attend else torch.empty(0), None
         if len(images):
             with self.accelerator.autocast():
                 attention = inner.attention(images.to(self.accelerator.device)).float().cpu()

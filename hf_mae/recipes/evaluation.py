@@ -18,8 +18,8 @@ class Evaluation:
     expected: str
     """What the paper reports, or "not published"."""
     model: str = ""
-    """The classifier: a run folder (its newest checkpoint), a model folder (RUN/best/model), a Hub id, or a .pth file
-    of the official code."""
+    """The classifier: a run folder (its newest checkpoint), a model folder (RUN/best/model; of ours or in timm's
+    format), a Hub id, a name of timm's weights (`resnet50.a1_in1k`), or a .pth file of the official code of MAE."""
     out: str = ""
     """Where the numbers and pictures are written; empty is runs/evaluate-PRESET-MODEL."""
     classes: Literal["names", "imagenet", "imagenet-a", "imagenet-r"] = "names"
@@ -30,9 +30,12 @@ class Evaluation:
     corruptions: bool = False
     """The data path holds CORRUPTION/SEVERITY/ folders (ImageNet-C): report the mean corruption error."""
     image_size: Size | None = None
-    """Input height and width in pixels; None is the model's. Its positions are resized (bicubic)."""
+    """Input height and width in pixels; None is the model's own for tests. Positions are resized (bicubic)."""
     crop_pct: float | None = None
-    """Part of the resized short side that the crop covers; None is official: 224/256 up to 224 pixels, 1 beyond."""
+    """Part of the resized short side that the crop covers; None is the model's own: of timm's models what their folder
+    says, of MAE's 224/256 up to 224 pixels and 1 beyond (official)."""
+    csv: str = ""
+    """Append a row to this file, in the form of timm's results files: one file for each set of test images."""
     batch: int = 64
     """Images per process and forward pass."""
     num_workers: int = 2

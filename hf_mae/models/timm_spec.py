@@ -129,13 +129,11 @@ def _hub_id(name: str) -> str:
             f"{name} is no folder, no Hub id (ORG/NAME) and no name of timm's weights"
             f"{'; nearest: ' + ', '.join(near) if near else ''}"
         )
-    config = (
-        timm_library().models.get_pretrained_cfg(name) if name in timm_library().list_pretrained(f"{base}.*") else None
-    )
+    available = timm_library().list_pretrained(f"{base}.*")
+    config = timm_library().models.get_pretrained_cfg(name) if name in available else None
     if config is None or not config.hf_hub_id:
-        found = timm_library().list_pretrained(f"{base}.*")
         raise ValueError(
-            f"{name} names no weights of timm on the Hub; of {base} there are {', '.join(found) or 'none'}"
+            f"{name} names no weights of timm on the Hub; of {base} there are {', '.join(available) or 'none'}"
         )
     # timm keeps them as timm/NAME.TAG, written as the organisation alone.
     return f"{config.hf_hub_id}{name}" if config.hf_hub_id.endswith("/") else config.hf_hub_id

@@ -137,3 +137,28 @@ def test_repeats_of_an_image_are_in_one_step_and_mixed_with_another_image():
     assert (np.roll(image, 12) != image).all()
     one = draws(repeats=3)(np.zeros(24, dtype=np.int64), image * 3 + repeat)["mix_lam"]
     assert (one == one[0]).all()
+
+
+def test_a_chance_of_mixing_leaves_the_others_alone_and_changes_no_mixture():
+    """timm draws first whether to mix: those that are mixed are the same as with chance 1."""
+    places = np.zeros(400, dtype=np.int64), np.arange(400)
+    always = draws(ClassifierAugment(mixup=0.8, cutmix=1.0), images=2, length=400)(*places)
+    half = draws(ClassifierAugment(mixup=0.8, cutmix=1.0, mix_prob=0.5), images=2, length=400)(*places)
+    kept = (half["mix_lam"] == 1) & (half["mix_box"] == 0).all(1)
+    assert 0.4 < kept.float().mean() < 0.6
+    for name, tensor in half.items():
+        assert torch.equal(tensor[~kept], always[name][~kept])
+
+
+@pytest.mark.parametrize("prob", [0.3, 0.7])
+def test_timm_decides_alike_whether_to_mix(prob):
+    from timm.data import Mixup
+
+    theirs = Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, prob=prob, label_smoothing=0, num_classes=4)
+    for seed in range(20):
+        np.random.seed(seed)
+        lam, use_cutmix = theirs._params_per_batch()
+        own, box = draw_mix(np.random.RandomState(seed), (16, 16), mixup=0.2, cutmix=1.0, prob=prob)
+        assert (lam == 1) == (own == 1 and box == (0, 0, 0, 0))
+        if lam != 1 and not use_cutmix:
+            assert own == lam

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from hf_mae.recipes.base import Optim
 from hf_mae.recipes.classification import ClassifierOptim
+from hf_mae.training.distributed import full
 from hf_mae.training.statistics import running_statistics
 
 TOKENS = ("cls_token", "mask_token", "encoder_mask_token")
@@ -188,8 +189,10 @@ def build_optimizer(model: nn.Module, optim: ClassifierOptim, *, num_layers: int
         raise ValueError("every parameter is frozen, so there is nothing to train; raise --trainable-blocks")
     optimizer = _lars(groups, optim) if lars else _optimizer(groups, optim)
     if optim.agc is not None:
-        # All but the last layer, as in timm's training script (Brock et al. 2021, section 4.1).
-        clipped = list(model.parameters())[:-2]
+        # All but the last layer, as in timm's training script (Brock et al. 2021, section 4.1). By their places, since
+        # FSDP2 puts others there.
+        last = {id(p) for p in list(model.parameters())[-2:]}
+        clipped = [[i for i, p in enumerate(group["params"]) if id(p) not in last] for group in groups]
         optimizer.register_step_pre_hook(partial(_clip_adaptively, clipped, optim.agc))
     return optimizer
 
@@ -238,11 +241,26 @@ def _lars(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.O
     return optimizer
 
 
-def _clip_adaptively(parameters: list[nn.Parameter], ratio: float, *step: Any) -> None:
-    """Clip each unit's gradient to `ratio` times the norm of its weights, after `clip_grad` if there is one."""
-    from timm.utils.agc import adaptive_clip_grad
+@torch.no_grad()
+def _clip_adaptively(
+    places: list[list[int]], ratio: float, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
+) -> None:
+    """Clip each unit's gradient to `ratio` times the norm of its weights, after `clip_grad` if there is one.
 
-    adaptive_clip_grad(parameters, clip_factor=ratio)
+    The numbers of timm's `adaptive_clip_grad`, which fails on sharded (FSDP2) vectors.
+    """
+    groups = zip(optimizer.param_groups, places, strict=True)
+    for parameter in [group["params"][i] for group, chosen in groups for i in chosen]:
+        if parameter.grad is not None:
+            limit, norm = _unit_norms(parameter).clamp(min=1e-3) * ratio, _unit_norms(parameter.grad)
+            parameter.grad.mul_(torch.where(norm < limit, 1.0, limit / norm.clamp(min=1e-6)))
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """Return the norm of each row [n, 1, ...], or of a whole vector []."""
+    if tensor.ndim > 1:
+        return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True)
+    return full(torch.linalg.vector_norm(tensor))
 
 
 @torch.no_grad()

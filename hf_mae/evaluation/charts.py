@@ -206,7 +206,7 @@ def draw_over(values: Mapping[str, Sequence[float]], path: Path, *, field: str, 
     means, spread = [], []
     for place, runs in zip(places, values.values(), strict=True):
         percent = [100 * v for v in runs]
-        ax.plot([place] * len(percent), percent, linestyle="none", marker=".", color=GREY, zorder=1)
+        ax.plot([place] * len(percent), percent, linestyle="none", marker=".", color=ORANGE, zorder=3)
         means.append(statistics.fmean(percent))
         spread.append(statistics.stdev(percent) if len(percent) > 1 else math.nan)  # nan draws nothing
     line = "-" if ticks is None else "none"
@@ -215,13 +215,16 @@ def draw_over(values: Mapping[str, Sequence[float]], path: Path, *, field: str, 
         [places[i] for i in order], [means[i] for i in order], yerr=[spread[i] for i in order],
         color=BLUE, marker="o", capsize=3, linestyle=line, label=f"mean {PLUS_MINUS} sd",
     )  # fmt: skip
-    ax.plot([], [], linestyle="none", marker=".", color=GREY, label="a run")
-    if ticks is not None:
+    ax.plot([], [], linestyle="none", marker=".", color=ORANGE, label="a run")
+    if ticks is None and min(places) > 0 and max(places) >= 20 * min(places):
+        ax.set_xscale("log")
+    if ticks is None:
+        ax.set_xticks(places, list(values))
+        ax.set_xticks([], minor=True)
+    else:
         long = max(map(len, ticks)) > 8
         ax.set_xticks(places, [plain(t) for t in ticks], rotation=30 if long else 0, ha="right" if long else "center")
-    elif min(places) > 0 and max(places) >= 20 * min(places):
-        ax.set_xscale("log")
-    ax.set_xlabel(plain(field))
+    ax.set_xlabel(field)
     ax.set_ylabel(f"{plain(name)} in %")
     ax.grid(axis="y", color="0.9")
     _legend(ax)
@@ -292,9 +295,10 @@ def draw_lr_find(
     ax.set_xscale("log")
     if lrs[0] > lrs[-1]:
         ax.invert_xaxis()
-    low, high = min(smoothed[:used]), max(smoothed[:used])
-    margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
-    ax.set_ylim(low - margin, high + 2 * margin)  # what lies beyond the divergence would flatten the rest
+    best = smoothed.index(min(smoothed[:used]))
+    low, high = smoothed[best], max(smoothed[: best + 1])
+    margin = 0.2 * (high - low) or 0.1 * abs(high) or 1.0
+    ax.set_ylim(low - margin, high + 2 * margin)  # what comes after the divergence would flatten the rest
     ax.set_xlabel("learning rate of an update" + (" (falling: read from left to right)" if lrs[0] > lrs[-1] else ""))
     ax.set_ylabel("training loss")
     ax.set_title(plain(title), fontsize=10)
@@ -357,7 +361,10 @@ def draw_learning(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *
         colour, style = _colour(i), _dash(i)
         losses = [(row["epoch"], row["loss"]) for row in rows if row.get("loss") is not None]
         measured = [(row["epoch"], 100 * row[name]) for row in rows if row.get(name) is not None]
-        left.plot([e for e, _ in losses], [v for _, v in losses], color=colour, linestyle=style, label=plain(label))
+        left.plot(
+            [e for e, _ in losses], [v for _, v in losses],
+            color=colour, linestyle=style, linewidth=1, label=plain(label),
+        )  # fmt: skip
         marker = MARKERS[i % len(MARKERS)] if len(measured) <= 30 else None
         right.plot(
             [e for e, _ in measured], [v for _, v in measured],

@@ -371,7 +371,7 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
         "num_classes": len(spec.names),
         "num_features": classifier(model).in_features,
         "label_names": list(spec.names),
-        "model_args": arguments,
+        "model_args": dict(sorted(arguments.items())),
         "pretrained_cfg": cfg,
     }
     if spec.loss == "bce":

@@ -48,6 +48,15 @@ def fsdp_accelerator() -> Accelerator:
     return accelerator
 
 
+def ddp_accelerator() -> Accelerator:
+    """DDP again after FSDP2, which Accelerate would keep for the life of the process."""
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    AcceleratorState._reset_state()
+    if PartialState._shared_state:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    return Accelerator(cpu=True)
+
+
 def whole(run):
     return {k: full(v.detach()).clone() for k, v in run.task.named_parameters()}
 
@@ -62,9 +71,10 @@ def classifiers(results):
     tuning = toy.ClassifierRun(FOLDER / "tuning_ddp", best="top1", **quality)
     probe = toy.ClassifierRun(FOLDER / "probe_ddp", best="eval_loss", ema=False, recipe=toy.PROBE, **quality)
     for name, run in (("tuning", tuning), ("probe", probe)):
-        for kind, make in (("ddp", toy.cpu_accelerator), ("fsdp", fsdp_accelerator)):
+        for kind, make in (("ddp", ddp_accelerator), ("fsdp", fsdp_accelerator)):
             run = replace(run, out=FOLDER / f"{name}_{kind}", make_accelerator=make)
             run.train()
+            results[f"{name}_{kind}_is_sharded"] = any(isinstance(p, DTensor) for p in run.task.parameters())
             again = replace(run, out=FOLDER / f"{name}_{kind}_resumed")
             again.train(resume=run.out / "checkpoints" / "step_00000016")
             results[f"{name}_{kind}_resumes_exactly"] = (
@@ -75,6 +85,27 @@ def classifiers(results):
             )
             if name == "tuning":
                 results[f"{kind}_average"] = averages(run)
+
+
+def convs(results):
+    """What models of timm bring along; FSDP2 takes no weights in channels_last."""
+    lamb = toy.ConvRun(FOLDER / "conv_ddp", micro_batch=4)
+    clipped = lamb.change(optim=replace(lamb.recipe.optim, name="adamw", base_lr=0.3, agc=0.01))
+    for kind, run, make in (
+        ("ddp", lamb, ddp_accelerator),
+        ("fsdp", replace(lamb, channels_last=False), fsdp_accelerator),
+        ("fsdp_agc", replace(clipped, channels_last=False), fsdp_accelerator),
+    ):
+        run = replace(run, out=FOLDER / f"conv_{kind}", make_accelerator=make)
+        run.train()
+        again = replace(run, out=FOLDER / f"conv_{kind}_resumed")
+        again.train(resume=run.out / "checkpoints" / "step_00000016")
+        results[f"conv_{kind}_is_sharded"] = any(isinstance(p, DTensor) for p in run.task.parameters())
+        results[f"conv_{kind}_resumes_exactly"] = (
+            same(whole(again), whole(run))
+            and same(dict(again.task.named_buffers()), dict(run.task.named_buffers()))
+            and same(shadow(again), shadow(run))
+        )
 
 
 def averages(run):
@@ -182,6 +213,7 @@ def main():
         found = extract_features(run.task, images, accelerator, batch=4)
         results[f"{name}_features"] = found.tolist()
     classifiers(results)
+    convs(results)
     if RANK == 0:
         (FOLDER / "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()

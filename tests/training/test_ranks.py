@@ -36,6 +36,7 @@ def launched(tmp_path_factory):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "strides" not in done.stderr  # DDP's warning of gradients that lie otherwise than its buckets
     return folder
 
 
@@ -176,6 +177,41 @@ def test_averaged_weights_are_scored_and_leave_no_trace(launched, results, kind)
     assert not torch.allclose(raw, averaged, atol=1e-3)
     attention = torch.tensor(results[f"{kind}_average"]["attention"])
     assert attention.shape == (4, 2, 16)
+
+
+@pytest.mark.parametrize("name", ["tuning", "probe", "conv"])
+def test_ddp_runs_are_of_ddp_and_fsdp2_runs_of_fsdp2(results, name):
+    """Accelerate keeps the kind of a process's first run unless told otherwise."""
+    assert not results[f"{name}_ddp_is_sharded"]
+    assert results[f"{name}_fsdp_is_sharded"]
+
+
+def test_two_processes_train_a_convolution_as_one_with_two_micro_batches(launched, conv):
+    """To the last bit: LAMB, clipping, running statistics, an average that warms up, channels_last."""
+    conv.train()
+    for folder in ("model", "model_ema"):
+        path = f"checkpoints/step_00000020/{folder}/model.safetensors"
+        mine, theirs = load_file(conv.out / path), load_file(launched / "conv_ddp" / path)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp_agc"])
+def test_sharding_changes_neither_lambs_norms_nor_adaptive_clipping(launched, conv, kind):
+    one = replace(conv, channels_last=False)
+    if kind == "fsdp_agc":
+        one = one.change(optim=replace(one.recipe.optim, name="adamw", base_lr=0.3, agc=0.01))
+    one.train()
+    for folder in ("model", "model_ema"):
+        path = f"checkpoints/step_00000020/{folder}/model.safetensors"
+        mine, theirs = load_file(one.out / path), load_file(launched / f"conv_{kind}" / path)
+        for key, value in mine.items():
+            torch.testing.assert_close(theirs[key], value, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp_agc"])
+def test_a_convolution_on_two_processes_resumes_exactly(results, kind):
+    assert results[f"conv_{kind}_resumes_exactly"]
 
 
 def test_a_precision_that_only_the_launcher_asked_for_is_said(monkeypatch):

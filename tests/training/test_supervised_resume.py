@@ -124,3 +124,24 @@ def test_the_head_with_batch_normalisation_can_be_averaged(probe):
     resumed.train(resume=run.checkpoints()[0])
     for name, value in run.average.state().items():
         assert torch.equal(resumed.average.state()[name], value), name
+
+
+def test_the_best_averaged_model_has_averaged_statistics(conv):
+    run = replace(conv, evaluators=(Rising(),), best="ema_top1")
+    run.train()
+    kept = load_file(run.out / "best" / "model" / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in run.average.state().items())
+    assert not torch.equal(kept["stem_norm.running_var"], run.weights()["model.stem_norm.running_var"])
+
+
+class Rising:
+    """An evaluator by whom every model is better than the one before."""
+
+    def due(self, step, total):
+        return step % 10 == 0
+
+    def __call__(self, task, step):
+        return {"ema_top1": step / 100}
+
+    def finish(self, task, step):
+        pass

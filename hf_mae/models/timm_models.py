@@ -138,24 +138,24 @@ def compile_features(model: nn.Module) -> None:
 
 
 def _check_name(name: str) -> None:
-    if timm_library().is_model(name):
-        return
     if "/" in name or ":" in name:
         raise ValueError(
             f"model.architecture={name} names weights, not an architecture; pass it as --init-from, and the "
             "architecture of those weights as --model.architecture"
         )
     base, _, tag = name.partition(".")
-    if tag and timm_library().is_model(base):
+    known = timm_library().is_model(base)
+    if known and tag:
         raise ValueError(
             f"model.architecture={name} names weights; use --model.architecture {base}, and to start from them "
             f"--init-from {name}"
         )
-    near = difflib.get_close_matches(base, timm_library().list_models(), n=5)
-    raise ValueError(
-        f"model.architecture={name} is unknown to timm {timm_library().__version__}"
-        f"{'; nearest: ' + ', '.join(near) if near else ''}; timm.list_models() has all"
-    )
+    if not known:
+        near = difflib.get_close_matches(base, timm_library().list_models(), n=5)
+        raise ValueError(
+            f"model.architecture={name} is unknown to timm {timm_library().__version__}"
+            f"{'; nearest: ' + ', '.join(near) if near else ''}; timm.list_models() has all"
+        )
 
 
 def _arguments(spec: TimmSpec) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def image_size_of(kind):
     return {"img_size": 32} if kind == "vit" else {}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["resnet", "convnext", "vit"])  # timm's test_efficientnet has no residual branch
 def test_training_draws_nothing_and_depends_on_the_draws_of_the_batch(kind):
     task = make(KINDS[kind], drop_rate=0.5).train()
     for module in task.modules():

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_mae.models.convert import list_names
 from hf_mae.models.timm_spec import TimmSource, TimmSpec, read_source, timm_library
 from hf_mae.models.timm_spec import is_timm_folder as is_timm_folder  # part of what this module offers
 
@@ -339,17 +338,16 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
         weights: whole, under timm's names.
 
     Raises:
-        ValueError: weights are missing or left over.
+        ValueError: the last layer is not that of this architecture and these classes.
     """
     arguments = _arguments(spec)
-    model = _on_meta(spec)
-    own = model.state_dict()
-    if wrong := own.keys() ^ weights.keys():
-        raise ValueError(
-            f"the weights are not those of timm's {spec.architecture}: {list_names(sorted(wrong))} on one side only"
-        )
     default = timm_library().models.get_pretrained_cfg(spec.architecture)
-    assert default is not None
+    head = weights.get(f"{default.classifier}.weight")
+    if head is None or len(head) != len(spec.names):
+        raise ValueError(
+            f"the weights are not those of timm's {spec.architecture} with {len(spec.names)} classes: "
+            f"{default.classifier}.weight is {'missing' if head is None else f'of {len(head)} classes'}"
+        )
     cfg: dict[str, Any] = {
         "input_size": [spec.channels, *spec.image_size],
         "fixed_input_size": default.fixed_input_size,
@@ -369,7 +367,7 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
     config: dict[str, Any] = {
         "architecture": spec.architecture,
         "num_classes": len(spec.names),
-        "num_features": classifier(model).in_features,
+        "num_features": head.shape[1],
         "label_names": list(spec.names),
         "model_args": dict(sorted(arguments.items())),
         "pretrained_cfg": cfg,
@@ -383,8 +381,3 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-
-
-def _on_meta(spec: TimmSpec) -> nn.Module:
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return _build(spec)

@@ -64,6 +64,7 @@ class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
     def build(self, source: Source, resume_from: Path | None, accelerator: Accelerator, say: Printer) -> nn.Module:
         """Return the task: the model of the checkpoint, of the pretrained encoder, or a new one."""
         recipe, id2label = self.recipe, dict(enumerate(self.names))
+        self.warn_of_loss(say)
         wish, self.resumed = recipe.model, resume_from is not None
         if resume_from is not None:
             model = MAEForImageClassification(MAEConfig.from_pretrained(resume_from / "model"))
@@ -111,7 +112,11 @@ class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
                 f"{self.channels} channel(s); add --augment.mean {example} --augment.std {example}"
             )
         return Classification(
-            model, recipe.augment.mean, recipe.augment.std, label_smoothing=recipe.augment.label_smoothing
+            model,
+            recipe.augment.mean,
+            recipe.augment.std,
+            label_smoothing=recipe.augment.label_smoothing,
+            loss=recipe.loss,
         )
 
     def _compare_normalisation(self, encoder: Path | str, say: Printer) -> None:

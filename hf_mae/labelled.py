@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +22,12 @@ from hf_mae.recipes.classification import LabelledRecipe
 from hf_mae.run import Training, last_model
 from hf_mae.training.best import Best
 from hf_mae.training.checkpoint import TrainState
+from hf_mae.training.losses import check_loss
 from hf_mae.training.mixing import MixDraws
 from hf_mae.training.monitors import Printer
 from hf_mae.training.optim import MovingAverage, describe_groups
 from hf_mae.training.schedules import Plan
-from hf_mae.training.tasks import Classification
+from hf_mae.training.tasks import LabelledTask
 
 EVAL_BATCH = 64
 """Images of an evaluation's forward pass, per process."""
@@ -83,6 +83,15 @@ class LabelledTraining(Training[L]):
         say("no validation or test split was found (--evals.split names one): nothing is measured but the loss")
         return None
 
+    def warn_of_loss(self, say: Printer) -> None:
+        """Refuse targets that say nothing; warn of settings of the loss that do not do what they seem to.
+
+        Raises:
+            ValueError: as `check_loss`.
+        """
+        for warning in check_loss(self.recipe.loss, self.recipe.augment.label_smoothing, len(self.names)):
+            say(f"warning: {warning}")
+
     def describe(self, optimizer: torch.optim.Optimizer, plan: Plan) -> list[str]:
         """Return the learning rate of each group."""
         return describe_groups(optimizer, plan.lr)
@@ -135,12 +144,12 @@ class LabelledTraining(Training[L]):
         )
 
     def baseline_loss(self, inner: nn.Module) -> float:
-        """Return the entropy of the classes' frequencies, or of even ones where counting means reading the images."""
-        assert isinstance(inner, Classification)
+        """Return the loss of guessing by the classes' frequencies, or by even ones where counting means reading."""
+        assert isinstance(inner, LabelledTask)
         labels = self.source.all_labels()
         if labels is None or not (labels >= 0).any():
-            return math.log(len(self.names))
-        return inner.trivial_loss(torch.from_numpy(labels[labels >= 0]))
+            labels = np.arange(len(self.names))
+        return inner.trivial_loss(torch.from_numpy(labels[labels >= 0]), self.recipe.augment, self.image_size)
 
     def judge(
         self, out: Path, task: nn.Module, average: MovingAverage | None, accelerator: Accelerator

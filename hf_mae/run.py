@@ -169,7 +169,7 @@ def _run(training: Training[Any], out: Path, accelerator: Accelerator, say: Prin
     images = recipe.global_batch // data.repeats  # different ones in a global batch
     plan = make_plan(recipe, steps_per_epoch=steps_per_epoch(rows, images, data.remainder))
     order = Order(source.sizes, recipe.seed, *choose_lanes_and_window(source.sizes, source.bytes_per_row, recipe.data))
-    data_state = loader_state(source, order, recipe.global_batch, data.remainder, data.repeats)
+    data_state = loader_state(source, order, recipe.global_batch, data.remainder, data.repeats, data.repeat_augment)
     data_state |= {"revision": source.revision, **labels}
 
     # What is trained.
@@ -182,7 +182,8 @@ def _run(training: Training[Any], out: Path, accelerator: Accelerator, say: Prin
     inner = accelerator.unwrap_model(task)
     for method in training.forward_methods:  # only FSDP2 takes notice
         register_fsdp_forward_method(inner, method)
-    average = MovingAverage(task, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None
+    ema = recipe.optim
+    average = MovingAverage(task, ema.ema_decay, warmup=ema.ema_warmup) if ema.ema_decay is not None else None
 
     # Where it starts.
     state, window, clock = TrainState(), Window(accelerator.device), Clock()
@@ -322,6 +323,7 @@ def _batches(
         max_pixels=recipe.data.max_pixels,
         decoder=recipe.data.decoder,
         repeats=recipe.data.repeats,
+        repeat_augment=recipe.data.repeat_augment,
         pin_memory=accelerator.device.type == "cuda",
         extras=training.extras(length),
         num_classes=training.num_classes,

@@ -272,8 +272,3 @@ def check_classifier(recipe: ClassifierRecipe) -> None:
             f"data.{name}={times} augments each image several times, and cached_features=True does not augment; leave "
             "it out"
         )
-    if recipe.optim.ema_decay is not None and recipe.model.head == "batchnorm":
-        raise ValueError(
-            f"optim.ema_decay={recipe.optim.ema_decay} does not average the statistics of model.head=batchnorm; leave "
-            "it out"
-        )

@@ -80,6 +80,11 @@ def check_supervise(recipe: SuperviseRecipe) -> None:
         ValueError: the first rule that is broken, with the values and the remedy.
     """
     check_labelled(recipe)
+    if recipe.engine.checkpoint_activations == "gelu":
+        raise ValueError(
+            "engine.checkpoint_activations=gelu is for the blocks of our own encoders; use blocks (models without "
+            "batch normalisation) or none, and a smaller --micro-batch to save memory"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ ResNet strikes back

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +46,7 @@ def train_birds(
     *,
     finetune: bool = True,
     find_lr: Literal["no", "ascending", "descending"] = "no",
-    say: Callable[[str], None] | None = None,
+    say: Printer | None = None,
 ) -> dict[str, Any]:
     """Run the stages of the bird classifier one after the other. A collective: every process calls it.
 
@@ -142,7 +141,7 @@ def _model(folder: Path, which: Literal["best", "averaged", "last"]) -> Path:
 
 
 def _score(
-    name: str, model: Path, recipe: SuperviseRecipe, test: str | None, out: Path, say: Callable[[str], None]
+    name: str, model: Path, recipe: SuperviseRecipe, test: str | None, out: Path, say: Printer
 ) -> dict[str, Any]:
     """Return the top-1 of a model on the splits, from its evaluations' own records."""
     found: dict[str, Any] = {"model": str(model)}

@@ -234,7 +234,7 @@ def test_architectures_of_the_table_exist_in_timm():
     [
         ({"global_batch": 33}, "global_batch=33 is odd, and mixup and cutmix mix pairs"),
         ({"global_batch": 4, "data": Data(path="digits", repeat_augment=3)}, "would mix copies of one image"),
-        ({"data": Data(path="digits", repeats=3, repeat_augment=3)}, "both make several"),
+        ({"global_batch": 36, "data": Data(path="digits", repeats=3, repeat_augment=3)}, "both make several"),
         (
             {"loss": Loss(name="bce", threshold=0.0), "smoothing": 0.1},
             "loss.threshold=0 with augment.label_smoothing=0.1 makes every class of every image positive",
@@ -252,9 +252,8 @@ def test_architectures_of_the_table_exist_in_timm():
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_made(recipe, changes, message):
     changes = dict(changes)
-    augment = replace(recipe.augment, label_smoothing=changes.pop("smoothing", 0.0))
-    if "mixing" in changes:
-        augment = replace(augment, mixup=changes.pop("mixing"), cutmix=0.0)
+    alpha, smoothing = changes.pop("mixing", 0.8), changes.pop("smoothing", 0.0)
+    augment = replace(recipe.augment, mixup=alpha, label_smoothing=smoothing)
     model = replace(recipe.model, **changes.pop("model", {}))
     with pytest.raises(ValueError, match=message):
         supervise(replace(recipe, augment=augment, model=model, **changes))

@@ -221,7 +221,7 @@ def cifar(folder: Path) -> dict[str, Recipe]:
         model=replace(preset.model, architecture="resnet10t", image_size=24, test_image_size=32, crop_pct=1.0),
         # 8e-3 at 2,048 would be 5e-4 at 128 in proportion; LAMB's lr is kept, as its updates are scaled by the weights.
         optim=replace(preset.optim, base_lr=8e-3 * 256 / batch),
-        schedule=replace(preset.schedule, warmup_epochs=1),
+        schedule=replace(preset.schedule, warmup_epochs=1, per_epoch=False),  # an epoch is a sixth of the run
         evals=replace(preset.evals, split="test", pictures=False),
     )
     adamw = ClassifierOptim(base_lr=2e-3 * 256 / batch, weight_decay=0.05)

@@ -51,6 +51,11 @@ COMMANDS = {
         "probe-small", "--optim.name", "lars", "--optim.base-lr", "5", "--evals.no-pictures", "--evals.no-knn",
         "--evals.no-logistic",
     ],
+    "supervise": [
+        "supervise-small", "--model.architecture", "test_resnet", "--model.image-size", "32", "--optim.name", "lamb",
+        "--optim.ema-decay", "0.99", "--optim.ema-warmup", "--data.repeat-augment", "3", "--evals.no-pictures",
+        "--evals.best", "ema_top1",
+    ],
 }  # fmt: skip
 
 

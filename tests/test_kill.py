@@ -45,9 +45,9 @@ def test_a_run_killed_again_and_again_equals_one_that_never_was(setting, straigh
     assert kill.result(tmp_path / "run") == straight
 
 
-@pytest.mark.parametrize(("what", "processes"), [("finetune", 1), ("probe", 2)])
+@pytest.mark.parametrize(("what", "processes"), [("finetune", 1), ("probe", 2), ("supervise", 2)])
 def test_a_classifier_killed_equals_one_that_never_was(setting, tmp_path, what, processes):
-    """Mixup, averages and drop path; LARS and batch statistics; and the best model."""
+    """Mixup, averages and drop path; LARS and batch statistics; LAMB and repeated augmentation; and the best model."""
     setting = replace(setting, what=what, processes=processes, steps=60, workers=1)
     kill.prepare(setting, tmp_path)
     for out in (tmp_path / "straight", tmp_path / "run"):

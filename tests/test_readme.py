@@ -11,8 +11,9 @@ import pytest
 from hf_mae.cli import parse_recipe, parse_sweep
 from hf_mae.recipes.base import check
 from hf_mae.recipes.classification import check_classifier
-from hf_mae.recipes.evaluation import EVALUATIONS
+from hf_mae.recipes.evaluation import EVALUATIONS, Evaluation
 from hf_mae.recipes.mae import PRESETS
+from hf_mae.recipes.supervised import SUPERVISE, SuperviseRecipe, check_supervise
 from hf_mae.recipes.transfer import FINETUNE, PROBE
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
@@ -20,11 +21,11 @@ COMMANDS = [
     line.split("#")[0]
     for fence in re.findall(r"```\n(.*?)```", README, re.S)
     for line in fence.splitlines()
-    if re.search(r"hf-mae (pretrain|finetune|probe|evaluate|sweep)|scripts/pretrain.py", line)
+    if re.search(r"hf-mae (pretrain|finetune|probe|supervise|evaluate|sweep)|scripts/pretrain.py", line)
     and "--help" not in line
     and "--list" not in line
 ]
-FLAGS = re.findall(r"`(--(?:model|augment|data|engine|optim)\.[^`]*)`", README)
+FLAGS = re.findall(r"`(--(?:model|augment|data|engine|optim|loss)\.[^`]*)`", README)
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch):
@@ -45,7 +46,12 @@ def test_every_command_is_understood(line):
     if command == "pretrain":
         check(parse_recipe(PRESETS, arguments, default="quickstart"))
     elif command == "sweep":
-        check_classifier(parse_sweep(arguments).recipe)
+        recipe = parse_sweep(arguments).recipe
+        if isinstance(recipe, Evaluation):
+            return
+        (check_supervise if isinstance(recipe, SuperviseRecipe) else check_classifier)(recipe)
+    elif command == "supervise":
+        check_supervise(parse_recipe(SUPERVISE, arguments, default="supervise-digits"))
     elif command == "evaluate":
         assert parse_recipe(EVALUATIONS, arguments, default="own").name in EVALUATIONS
     else:
@@ -64,7 +70,10 @@ def test_every_flag_in_the_text_exists(flags):
     arguments = shlex.split(flags)
     if len(arguments) == 1 and not re.search(r"\.no-|mask-tokens|engine\.(compile|tf32)$", flags):
         arguments.append({"--engine.expect-processes": "8", "--data.max-bad-fraction": "0.1"}.get(flags, "0.9"))
-    parse_recipe(PRESETS, ["quickstart", *arguments], default="quickstart")
+    if flags.startswith("--loss"):
+        parse_recipe(SUPERVISE, arguments, default="supervise-digits")
+    else:
+        parse_recipe(PRESETS, ["quickstart", *arguments], default="quickstart")
 
 
 def test_there_is_something_to_check():

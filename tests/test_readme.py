@@ -19,7 +19,9 @@ from hf_mae.recipes.transfer import FINETUNE, PROBE
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 COMMANDS = [
     line.split("#")[0]
-    for fence in re.findall(r"```\n(.*?)```", README, re.S)
+    for fence in re.findall(
+        r"^```\n(.*?)^```$", re.sub(r"^```\w+\n.*?^```$", "", README, flags=re.S | re.M), re.S | re.M
+    )
     for line in fence.splitlines()
     if re.search(r"hf-mae (pretrain|finetune|probe|supervise|evaluate|sweep)|scripts/pretrain.py", line)
     and "--help" not in line

@@ -53,7 +53,7 @@ class SeedsArguments:
 class OverArguments:
     """What `hf-mae sweep over` takes: a field with its values, and a whole recipe."""
 
-    vary: str
+    vary: str = ""
     """FIELD=V1,V2,...; such as augment.label_smoothing=0,0.06,0.1. The parts of a tuple are parted by spaces."""
     seeds: int = 1
     """Runs of each value."""
@@ -101,7 +101,7 @@ class TransferArguments:
 class ResolutionArguments:
     """What `hf-mae sweep resolution` takes: models, sizes, and what an evaluation takes."""
 
-    models: tuple[str, ...]
+    models: tuple[str, ...] = ()
     """Run folders, model folders, Hub ids or names of timm's weights."""
     sizes: tuple[int, ...] = (128, 160, 192, 224, 256, 288, 320)
     """Test sizes in pixels."""
@@ -199,6 +199,8 @@ def _transfer(given: TransferArguments) -> None:
 
 
 def _resolution(given: ResolutionArguments) -> None:
+    if not given.models:
+        raise ValueError("models is empty; name run folders, model folders, Hub ids or timm's weights: --models M1 M2")
     from hf_mae.resolution import sweep_resolution
 
     sweep_resolution(given.models, given.recipe, sizes=given.sizes, out=given.recipe.out or "runs/resolution")

@@ -268,9 +268,9 @@ class Recipe:
     global_batch: int = 4096
     """Images per optimizer update, over all processes and accumulation."""
     micro_batch: int | Literal["auto"] | None = None
-    """Images per process and forward pass. None is as many as the global batch gives each process, at most 64 (512
-    with a batchnorm head, whose statistics are of a micro-batch); `auto` measures a few images before training starts
-    and takes as many as will fit into memory."""
+    """Images per process and forward pass. None is as many as the global batch gives each process, at most 64 (256
+    with models of timm and 512 with a batchnorm head, whose statistics are of a micro-batch); `auto` measures a few
+    images before training starts and takes as many as will fit into memory."""
     num_workers: int = 2
     """Decoders per process; 0 decodes in the training process between steps."""
     log_every: int = 20

@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rounds import describe_machine
 
+from hf_mae.evaluation.charts import draw_variants
 from hf_mae.recipes.base import Recipe
 from hf_mae.recipes.classification import ClassifierOptim, Loss
 from hf_mae.recipes.supervised import BIRD_AUGMENTS, SUPERVISE, SuperviseRecipe
@@ -266,6 +267,7 @@ def report(out: Path) -> None:
     record: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": describe_machine(), "birds": table}
     record |= {"sweeps": sweeps, "seconds": {name: {k: row[k] for k in ("wall", "cpu")} for name, row in times.items()}}
     (out / "supervised.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw_variants(rows, out / "birds.png", title="birds at 64 px, 300 updates of 128", name="top1")
 
 
 def summary(values: list[float]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hf_mae.data.labels import check_labels
 from hf_mae.data.order import uniforms
 from hf_mae.data.sources import SPLIT_NAMES, Source, list_splits, open_source
 from hf_mae.data.whole import WholeSplit
+from hf_mae.evaluation.charts import draw_learning
 from hf_mae.evaluation.classification import ClassificationQuality
 from hf_mae.evaluation.report import Drawing
 from hf_mae.recipes.classification import LabelledRecipe
@@ -184,6 +185,8 @@ class LabelledTraining(Training[L]):
                 say(f"{title}: {values[-1][0]:.4f} on {len(self.names)} classes{best}")
         if self.test_images is not None and (bad := self.test_images.bad):
             say(f"warning: {len(bad)} test images of this process cannot be decoded and were left out: {bad[0]} ...")
+        if self.recipe.evals.pictures and self.test_images is not None:
+            draw_learning({self.recipe.name: rows}, out / "pictures" / "learning.png")
         if pictures := sorted((out / "pictures").glob("*.png")):
             say(f"pictures: {', '.join(p.name for p in pictures)} in {out / 'pictures'}")
         if model := last_model(out):

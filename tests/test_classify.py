@@ -89,7 +89,7 @@ def test_a_run_leaves_model_best_model_numbers_and_pictures(recipe):
     assert MAEForImageClassification.from_pretrained(out / "best" / "model").num_parameters() == model.num_parameters()
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert sum(evaluation["weights"]["class_examples"]) == 360
-    names = {"attention.png", "confusion.png", "per_class.png", "reliability.png", "worst.png"}
+    names = {"attention.png", "confusion.png", "learning.png", "per_class.png", "reliability.png", "worst.png"}
     assert {p.name for p in (out / "pictures").iterdir()} == names
 
 

@@ -72,7 +72,9 @@ def train_birds(
         say("no test split: nothing is left to measure stage 9 on (--data.splits stratified:80/10/10 leaves one)")
     train = replace(recipe, out=str(out / "train"))
     if find_lr != "no":
-        lr_find(replace(train, out=str(out / "lr_find")), descending=find_lr == "descending", say=say)
+        # The slides: "range_test(end_lr=1e-5, num_iter=1000)" of an optimizer that starts at 1e-2.
+        test_range = {"low": 1e-5, "high": 1e-2, "descending": True} if find_lr == "descending" else {}
+        lr_find(replace(train, out=str(out / "lr_find")), say=say, **test_range)
     folder = supervise(train)
     kept: Literal["best", "averaged"] = "averaged" if recipe.evals.best == "ema_top1" else "best"
     models: dict[str, Path] = {"train": _model(folder, kept)}
@@ -88,8 +90,7 @@ def train_birds(
     if main:
         write_atomic(out / "birds.json", json.dumps(summary, indent=2) + "\n")
         write_atomic(out / "birds.md", table(results))
-        rows_of = {name: read_rows(out / name / "metrics.jsonl") for name in models}
-        draw_learning({name: rows for name, rows in rows_of.items() if rows}, out / "learning.png")
+        draw_learning({recipe.name: read_rows(folder / "metrics.jsonl")}, out / "learning.png")
     say(table(results) + f"in {out}")
     return summary
 

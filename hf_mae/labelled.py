@@ -94,8 +94,14 @@ class LabelledTraining(Training[L]):
             say(f"warning: {warning}")
 
     def describe(self, optimizer: torch.optim.Optimizer, plan: Plan) -> list[str]:
-        """Return the learning rate of each group."""
-        return describe_groups(optimizer, plan.lr)
+        """Return the learning rate of each group, and whether the best model is chosen from few evaluations."""
+        lines, every = describe_groups(optimizer, plan.lr), self.recipe.eval_every
+        if self.test is not None and every > 1.5 * plan.steps_per_epoch and plan.total_steps < 10 * every:
+            lines.append(
+                f"note: {-(-plan.total_steps // every)} evaluation(s), one every {every / plan.steps_per_epoch:.1f} "
+                f"epochs, choose the best model; --eval-every {round(plan.steps_per_epoch)} is one an epoch"
+            )
+        return lines
 
     def mixing(self, images_per_epoch: int) -> list[Callable[..., Mapping[str, Tensor]]]:
         """Return what draws mixup and cutmix, if anything does."""

@@ -56,7 +56,7 @@ class SupervisedTraining(LabelledTraining[SuperviseRecipe]):
             architecture=wish.architecture,
             names=tuple(self.names),
             image_size=self.image_size,
-            test_image_size=height_width(wish.test_image_size or wish.image_size),
+            test_image_size=height_width(wish.image_size if wish.test_image_size is None else wish.test_image_size),
             crop_pct=wish.crop_pct,
             channels=self.channels,
             drop_path_rate=wish.drop_path_rate,

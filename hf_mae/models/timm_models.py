@@ -329,8 +329,9 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
     `model_args` has no `num_classes`: transformers passes its own beside it and fails. A model trained with `bce` is
     marked `problem_type: multi_label_classification`, so that transformers' pipeline shows sigmoid scores.
 
-    transformers prepares pictures by `input_size`, the size of training, and timm's `validate.py` by
-    `test_input_size`.
+    transformers and timm prepare pictures by `input_size`. # Differs from timm, whose released weights name the size of
+    training there and hide that of testing in `test_input_size`: here it is the size of testing, so that stock classes
+    give the accuracy that was measured; another size of training is kept as `train_input_size`.
 
     Args:
         folder: created if need be.
@@ -349,7 +350,7 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
             f"{default.classifier}.weight is {'missing' if head is None else f'of {len(head)} classes'}"
         )
     cfg: dict[str, Any] = {
-        "input_size": [spec.channels, *spec.image_size],
+        "input_size": [spec.channels, *spec.test_image_size],
         "fixed_input_size": default.fixed_input_size,
         "interpolation": "bicubic",
         "crop_pct": spec.test_crop_pct,
@@ -362,8 +363,6 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
         "first_conv": default.first_conv,
         "classifier": default.classifier,
     }
-    if spec.test_image_size != spec.image_size:
-        cfg["test_input_size"] = [spec.channels, *spec.test_image_size]
     config: dict[str, Any] = {
         "architecture": spec.architecture,
         "num_classes": len(spec.names),
@@ -372,6 +371,8 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
         "model_args": dict(sorted(arguments.items())),
         "pretrained_cfg": cfg,
     }
+    if spec.test_image_size != spec.image_size:
+        config["train_input_size"] = [spec.channels, *spec.image_size]
     if spec.loss == "bce":
         config["problem_type"] = "multi_label_classification"
     folder.mkdir(parents=True, exist_ok=True)

@@ -146,8 +146,8 @@ def _spec(config: Mapping[str, Any], name: str) -> TimmSpec:
         model_args.pop(key, None)
     if not num_classes:
         raise ValueError(f"{name} has no classes (num_classes={num_classes}): it is a network without a head")
-    size = tuple(cfg["input_size"])
-    test = tuple(cfg.get("test_input_size") or size)
+    size = tuple(config.get("train_input_size") or cfg["input_size"])  # ours, see `write_timm_folder`
+    test = tuple(cfg.get("test_input_size") or cfg["input_size"])
     return TimmSpec(
         architecture=config["architecture"],
         names=_names(config.get("label_names") or cfg.get("label_names"), int(num_classes), name),

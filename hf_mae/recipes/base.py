@@ -449,6 +449,11 @@ def check(recipe: Recipe) -> None:
             f"schedule.min_lr={recipe.schedule.min_lr} is above the peak lr={lr:g} (base_lr * global_batch / 256); "
             "lower it, or raise --optim.base-lr"
         )
+    if recipe.schedule.name != "exponential" and recipe.schedule.warmup_lr > lr:
+        raise ValueError(
+            f"schedule.warmup_lr={recipe.schedule.warmup_lr} is above the peak lr={lr:g} (base_lr * global_batch / 256)"
+            "; lower it, or raise --optim.base-lr"
+        )
     if recipe.global_batch % recipe.data.repeats:
         raise ValueError(
             f"global_batch={recipe.global_batch} is not a multiple of data.repeats={recipe.data.repeats}, the samples "

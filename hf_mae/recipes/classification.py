@@ -226,6 +226,10 @@ def check_labelled(recipe: LabelledRecipe) -> None:
         )
     if recipe.evals.best == "ema_top1" and recipe.optim.ema_decay is None:
         raise ValueError("evals.best=ema_top1 needs averaged weights; add --optim.ema-decay 0.9999")
+    if recipe.optim.nesterov and recipe.optim.name != "sgd":
+        raise ValueError(f"optim.nesterov is for SGD, and optim.name={recipe.optim.name}; leave it out, or take sgd")
+    if recipe.optim.decay_vectors and recipe.optim.name == "lars":
+        raise ValueError("optim.decay_vectors with optim.name=lars would decay what LARS does not adapt; leave it out")
     smoothing = recipe.augment.label_smoothing
     if recipe.loss.name == "bce" and recipe.loss.target == "threshold" and recipe.loss.threshold == 0 and smoothing > 0:
         raise ValueError(

@@ -200,19 +200,20 @@ def test_timm_loads_a_folder_with_equal_scores(tmp_path, spec, channels):
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(theirs(pixels(spec)), model(pixels(spec)))
-    config = timm.data.resolve_model_data_config(theirs, use_test_size=True)
-    assert (tuple(config["input_size"][1:]), config["crop_pct"]) == (spec.test_image_size, 0.95)
+    for use_test_size in (False, True):
+        config = timm.data.resolve_model_data_config(theirs, use_test_size=use_test_size)
+        assert (tuple(config["input_size"][1:]), config["crop_pct"]) == (spec.test_image_size, 0.95)
     assert (tuple(config["mean"]), tuple(config["std"])) == (spec.mean, spec.std)
 
 
 @pytest.mark.parametrize("loss", ["ce", "bce"])
 def test_the_pipeline_shows_sigmoid_scores_of_a_binary_model(tmp_path, loss):
-    """With our preprocessing: short side 32 / .95 = 33, centre crop, the spec's mean and deviation."""
+    """With the preprocessing of testing: short side 48 / .95 = 50, centre crop, the spec's mean and deviation."""
     model = written(tmp_path, replace(RESNET, loss=loss))
-    noise = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (70, 84, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
-    resized = picture.resize((39, 33), Image.Resampling.BICUBIC)
-    crop = np.asarray(resized.crop((4, 0, 36, 32)), dtype=np.float32) / 255  # 3.5 and 0.5, rounded to even
+    resized = picture.resize((60, 50), Image.Resampling.BICUBIC)
+    crop = np.asarray(resized.crop((6, 1, 54, 49)), dtype=np.float32) / 255
     x = torch.from_numpy((crop - np.float32(RESNET.mean)) / np.float32(RESNET.std)).permute(2, 0, 1)[None]
     processed = AutoImageProcessor.from_pretrained(tmp_path)(picture)["pixel_values"]
     torch.testing.assert_close(processed, x, atol=1e-5, rtol=0)

@@ -46,6 +46,7 @@ def train_birds(
     *,
     finetune: bool = True,
     find_lr: Literal["no", "ascending", "descending"] = "no",
+    lr_find_steps: int | None = None,
     say: Printer | None = None,
 ) -> dict[str, Any]:
     """Run the stages of the bird classifier one after the other. A collective: every process calls it.
@@ -53,12 +54,14 @@ def train_birds(
     Args:
         recipe: stage 1 to 8, a `rexnet-birds-*` preset with `data.path`; `out` is the folder of all stages.
         finetune: run stage 9 and, beside it, as many updates on the training split.
-        find_lr: run stage 5 first, for the record.
+        find_lr: run stage 5 first, for the record; descending between the rates of the slides.
+        lr_find_steps: updates of stage 5; None is 100, or the slides' 1000 where the rate falls.
         say: prints a line; None prints to standard error, on the main process.
 
     Returns:
         What is written to `birds.json`: top-1 of each stage's model on the validation and on the test split (None where
-        there is no test split). `birds.md` and pictures are beside it.
+        there is no test split), and what stage 5 found (None where it was not asked for). `birds.md` and pictures are
+        beside it.
 
     Raises:
         ValueError: as of `supervise`; a test split is named that is trained on.
@@ -71,10 +74,11 @@ def train_birds(
     if test is None:
         say("no test split: nothing is left to measure stage 9 on (--data.splits stratified:80/10/10 leaves one)")
     train = replace(recipe, out=str(out / "train"))
+    found_lr = None
     if find_lr != "no":
-        # The slides: "range_test(end_lr=1e-5, num_iter=1000)" of an optimizer that starts at 1e-2.
-        test_range = {"low": 1e-5, "high": 1e-2, "descending": True} if find_lr == "descending" else {}
-        lr_find(replace(train, out=str(out / "lr_find")), say=say, **test_range)
+        search = replace(train, out=str(out / "lr_find"))
+        found = lr_find(search, steps=lr_find_steps, descending=find_lr == "descending", reuse=True, say=say)
+        found_lr = {key: found[key] for key in ("low", "high", "steps", "descending", "suggestion", "why")}
     folder = supervise(train)
     kept: Literal["best", "averaged"] = "averaged" if recipe.evals.best == "ema_top1" else "best"
     models: dict[str, Path] = {"train": _model(folder, kept)}
@@ -86,7 +90,8 @@ def train_birds(
             stage = _stage_9(train, stage_9, models["train"], out / name, split, steps, test)
             models[name] = _model(supervise(stage), "last")
     results = {name: _score(name, model, recipe, test, out, say) for name, model in models.items()}
-    summary = {"recipe": recipe.name, "seed": recipe.seed, "splits": recipe.data.splits, "results": results}
+    summary = {"recipe": recipe.name, "seed": recipe.seed, "splits": recipe.data.splits}
+    summary |= {"lr_find": found_lr, "results": results}
     if main:
         write_atomic(out / "birds.json", json.dumps(summary, indent=2) + "\n")
         write_atomic(out / "birds.md", table(results))

@@ -1,8 +1,9 @@
 """Which learning rate? One short training while it rises geometrically, its losses, and a suggestion.
 
 Source: Smith 2017, "Cyclical Learning Rates", section 3.3 (the range test). The suggestion is where the smoothed loss
-falls most steeply per decade of the learning rate. A falling rate, as the slides of the ReXNet birds had it, tells
-nothing of the kind: its first updates are the largest, and what they break the later ones inherit.
+falls most steeply per decade of the learning rate, before it first rises: a loss that has blown up falls again, often
+more steeply than ever before, and that says nothing of the rate. A falling rate, as the slides of the ReXNet birds had
+it, is of no use either: its first updates are the largest, and what they break the later ones inherit.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from hf_mae.classify import ClassifierTraining
 from hf_mae.data.augment import check_augment
 from hf_mae.evaluation.charts import draw_lr_find
 from hf_mae.pretrain import MaskedPretraining
-from hf_mae.recipes.base import Recipe, Schedule, check
+from hf_mae.recipes.base import HARMLESS, Recipe, Schedule, check, flat
 from hf_mae.recipes.classification import ClassifierRecipe, LabelledRecipe, check_classifier
 from hf_mae.recipes.supervised import SuperviseRecipe, check_supervise
 from hf_mae.run import Training, run
@@ -27,8 +29,14 @@ from hf_mae.training.checkpoint import write_atomic
 from hf_mae.training.distributed import agree, gather_objects, make_accelerator
 from hf_mae.training.monitors import Printer, read_rows
 
-DIVERGED = 4.0
-"""The curve ends where the smoothed loss is so many times the best one before it."""
+RISE = 0.1
+"""The curve ends where the smoothed loss is above the best one before it by this share of the fall until then ..."""
+NOISE = 6.0
+"""... and by so many times the usual distance of a loss from the smoothed one."""
+ASCENDING = (1e-7, 1.0, 100)
+"""Lowest rate, highest rate and updates where none are given."""
+DESCENDING = (1e-5, 1e-2, 1000)
+"""The same of a falling rate: the slides' `range_test(end_lr=1e-5, num_iter=1000)` of an optimizer at 1e-2."""
 RUN = "lr-find-run"
 """The folder of the run in the folder of the search."""
 MIN_ROWS = 10
@@ -38,10 +46,11 @@ MIN_ROWS = 10
 def lr_find(
     recipe: Recipe,
     *,
-    low: float = 1e-7,
-    high: float = 1.0,
-    steps: int = 100,
+    low: float | None = None,
+    high: float | None = None,
+    steps: int | None = None,
     descending: bool = False,
+    reuse: bool = False,
     train: Callable[[Any], Path] | None = None,
     say: Printer | None = None,
 ) -> dict[str, Any]:
@@ -53,22 +62,26 @@ def lr_find(
 
     Args:
         recipe: pretraining, classification or supervised training.
-        low: first learning rate of an update.
-        high: last learning rate of an update.
-        steps: updates.
+        low: lowest learning rate of an update; None is 1e-7, or 1e-5 where it falls.
+        high: highest learning rate of an update; None is 1, or 1e-2 where it falls.
+        steps: updates; None is 100, or 1000 where it falls.
         descending: from `high` to `low`, as in the slides of the ReXNet birds: drawn, but nothing is suggested.
+        reuse: return what `lr_find.json` holds, if it was found with these settings and this recipe.
         train: trains the run and returns its folder; None is the training of the recipe without evaluations.
         say: prints a line; None prints to standard error, on the main process.
 
     Returns:
         What is written to `lr_find.json`: `rows` ([{"lr", "loss", "smoothed"}]), `suggestion` ({"lr", "base_lr"} or
-        None), `why` (a sentence), `used` (rows before the divergence) and what was asked for. The curve is drawn to
+        None), `why` (a sentence), `used` (rows before the loss rises) and what was asked for. The curve is drawn to
         `lr_find.png`.
 
     Raises:
         ValueError: rates or steps that make no curve, or as of the training.
         RuntimeError: the run was stopped by a signal.
     """
+    usual = DESCENDING if descending else ASCENDING
+    low, high = usual[0] if low is None else low, usual[1] if high is None else high
+    steps = usual[2] if steps is None else steps
     if not 0 < low < high < math.inf:
         raise ValueError(f"low={low:g} and high={high:g} must be learning rates with 0 < low < high")
     if steps < MIN_ROWS:
@@ -77,9 +90,14 @@ def lr_find(
     search = search_recipe(recipe, low=low, high=high, steps=steps, descending=descending, out=out / RUN)
     accelerator = make_accelerator(recipe.engine)
     say = say or Printer(accelerator.is_main_process)
+    before = None
     if accelerator.is_main_process:
+        before = _found_before(out / "lr_find.json", search) if reuse else None
         shutil.rmtree(out / RUN, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    before = gather_objects(before, accelerator)[0]
+    if before is not None:
+        say(f"lr-find: found before, see {out / 'lr_find.json'}: {before['why']}")
+        return before
     first, last = (high, low) if descending else (low, high)
     say(f"lr-find: {steps} updates of {recipe.global_batch} images, lr from {first:g} to {last:g}")
     ended = f"all {steps} updates"
@@ -142,24 +160,36 @@ def suggest(lrs: Sequence[float], losses: Sequence[float]) -> tuple[list[float],
         losses: of the updates with them.
 
     Returns:
-        The smoothed losses; the number of them up to the divergence (`DIVERGED`); the index of the steepest descent
-        before it, None where the loss falls nowhere or there are fewer than `MIN_ROWS`.
+        The smoothed losses; the number of them before they first rise clearly above their best (`RISE`, `NOISE`); the
+        index of the steepest descent among these, None where the loss falls nowhere or there are fewer than `MIN_ROWS`.
     """
     half = max(1, len(losses) // 20)
     smoothed = smooth(losses, half)
-    used, best = len(smoothed), math.inf
-    for i, value in enumerate(smoothed):
-        if value > DIVERGED * best:
-            used = i
-            break
-        best = min(best, value)
-    if used < min(MIN_ROWS, len(lrs)) or len(lrs) < MIN_ROWS:
+    used = _before_the_rise(losses, smoothed)
+    if used < MIN_ROWS:
         return smoothed, used, None
-    # Central differences; the lr grows by a factor, so that neighbours are equally far apart on its axis. Both ends are
-    # left out: their means lean to one side.
-    slopes = {i: smoothed[i + 1] - smoothed[i - 1] for i in range(half, used - half)}
+    # Central differences; the lr grows by a factor, so that neighbours are equally far apart on its axis. Both ends of
+    # the run are left out: their means lean to one side.
+    slopes = {i: smoothed[i + 1] - smoothed[i - 1] for i in range(half, min(used - 1, len(smoothed) - half))}
     steepest = min(slopes, key=lambda i: slopes[i], default=None)
     return smoothed, used, steepest if steepest is not None and slopes[steepest] < 0 else None
+
+
+def _before_the_rise(losses: Sequence[float], smoothed: Sequence[float]) -> int:
+    """Return how many of the smoothed losses come before the first that is clearly above the best one so far.
+
+    A share of the fall alone would end a curve in the noise of its flat beginning, noise alone in the waves at its
+    bottom.
+    """
+    if not losses:
+        return 0
+    noise = statistics.median(abs(loss - mean) for loss, mean in zip(losses, smoothed, strict=True))
+    best = smoothed[0]
+    for i, value in enumerate(smoothed):
+        if value > best + max(RISE * (smoothed[0] - best), NOISE * noise):
+            return i
+        best = min(best, value)
+    return len(smoothed)
 
 
 def smooth(values: Sequence[float], half: int) -> list[float]:
@@ -182,6 +212,7 @@ def _read(search: Recipe, *, low: float, high: float, descending: bool) -> dict[
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row.get("loss") is not None]
     lrs, losses = [row["lr"] for row in rows], [row["loss"] for row in rows]
     smoothed, used, steepest = suggest(lrs, losses)
+    used = len(rows) if descending else used
     suggestion = None
     if descending:
         why = (
@@ -193,7 +224,10 @@ def _read(search: Recipe, *, low: float, high: float, descending: bool) -> dict[
         suggestion = {"lr": lr, "base_lr": lr * 256 / search.global_batch}
         why = f"the smoothed loss falls most steeply at lr {lr:.3g} (update {steepest + 1} of {len(rows)})"
     elif used < MIN_ROWS:
-        why = f"no suggestion: the loss diverged after {used} updates; lower --low={low:g}"
+        why = (
+            f"no suggestion: only {used} losses came before they rose or the run ended, and {MIN_ROWS} are needed; "
+            f"lower --low={low:g}, or take more --steps"
+        )
     else:
         why = f"no suggestion: the loss falls nowhere between lr {low:g} and {high:g}; take more --steps"
     return {
@@ -206,10 +240,25 @@ def _read(search: Recipe, *, low: float, high: float, descending: bool) -> dict[
         "suggestion": suggestion,
         "why": why,
         "used": used,
+        "settings": _settings(search),
         "rows": [
             {"lr": lr, "loss": loss, "smoothed": mean} for lr, loss, mean in zip(lrs, losses, smoothed, strict=True)
         ],
     }
+
+
+def _settings(search: Recipe) -> dict[str, Any]:
+    """Return the fields of the run of a search that decide what it finds: rates, steps and direction among them."""
+    deciding = {name: value for name, value in flat(search).items() if name not in HARMLESS or name == "data.path"}
+    return json.loads(json.dumps(deciding))  # tuples as lists, as they are read again
+
+
+def _found_before(path: Path, search: Recipe) -> dict[str, Any] | None:
+    """Return what an earlier search found, if its settings are those of this one."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    return found if found.get("settings") == _settings(search) else None
 
 
 def _train(recipe: Recipe) -> Path:

@@ -187,6 +187,30 @@ def test_the_stages_of_the_birds_leave_their_records(birds, tmp_path):
     assert summary["results"]["train"]["model"].endswith("model_ema")
 
 
+def test_the_learning_rate_of_the_birds_is_searched_once_and_kept(birds, tmp_path, monkeypatch):
+    searched = []
+
+    def train(one):
+        searched.append((one.schedule.warmup_lr, one.max_steps))
+        out = Path(one.out)
+        out.mkdir(parents=True)
+        out.joinpath("metrics.jsonl").write_text('{"step": 1, "epoch": 0.1, "lr": 0.01, "loss": 1.0}\n')
+
+    monkeypatch.setattr("hf_mae.lr_find._train", train)
+    recipe = bird_recipe("rexnet-birds-published-effective", birds, tmp_path / "birds")
+    recipe = replace(recipe, data=replace(recipe.data, splits="random:80/20@3334"), max_steps=1)
+    summary = train_birds(recipe, finetune=False, find_lr="descending")
+    assert searched == [(1e-2, 1000)]
+    kept = json.loads((tmp_path / "birds" / "birds.json").read_text())["lr_find"]
+    assert kept == summary["lr_find"]
+    assert (kept["low"], kept["high"], kept["steps"], kept["suggestion"]) == (1e-5, 1e-2, 1000, None)
+    assert train_birds(recipe, finetune=False, find_lr="descending") == summary
+    assert len(searched) == 1
+    shorter = train_birds(recipe, finetune=False, find_lr="ascending", lr_find_steps=20)
+    assert searched[1:] == [(1e-7, 20)]
+    assert "suggestion" in shorter["lr_find"]
+
+
 def test_as_published_nothing_is_left_to_test_on(birds, tmp_path, capsys):
     recipe = bird_recipe("rexnet-birds-published-effective", birds, tmp_path / "birds")
     summary = train_birds(replace(recipe, data=replace(recipe.data, splits="random:80/20@3334")))

@@ -31,7 +31,7 @@ from hf_mae.training.monitors import Printer, read_rows
 
 RISE = 0.1
 """The curve ends where the smoothed loss is above the best one before it by this share of the fall until then ..."""
-NOISE = 6.0
+NOISE = 10.0
 """... and by so many times the usual distance of a loss from the smoothed one."""
 ASCENDING = (1e-7, 1.0, 100)
 """Lowest rate, highest rate and updates where none are given."""

@@ -63,6 +63,8 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
         raise ValueError(f"csv={recipe.csv} has no column for the errors of corruptions; leave it out")
     accelerator = make_accelerator(recipe.engine)
     say = Printer(accelerator.is_main_process)
+    trained = _trained_on(recipe)
+    recipe = replace(recipe, data=_divided_as(recipe.data, trained, say))
     judged = load_classifier(recipe.model, recipe.image_size, say)
     judged.task.to(accelerator.device).eval()
     say(f"hf_mae: evaluating {judged.name} on {recipe.name}, {describe_world(accelerator)}")
@@ -78,7 +80,7 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
         except ValueError as caught:
             error = caught
     agree(error, accelerator, f"making {out}")
-    one = _One(recipe, judged, accelerator, say)
+    one = _One(recipe, judged, trained, accelerator, say)
     numbers = one.corruptions() if recipe.corruptions else one(recipe.data, out)
     pictures = {
         "image_size": list(judged.image_size),
@@ -86,7 +88,8 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
         "crop_pct": one.shown_crop_pct,
         "parameters": judged.parameters,
     }
-    summary = {"recipe": recipe.name, "model": judged.name, "data": recipe.data.path, "numbers": numbers} | pictures
+    summary: dict[str, Any] = {"recipe": recipe.name, "model": judged.name, "data": recipe.data.path}
+    summary |= {"splits": recipe.data.splits, "numbers": numbers} | pictures
     if accelerator.is_main_process:
         write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         if recipe.csv:
@@ -247,8 +250,11 @@ def _no_classifier(name: Path | str, what: str) -> ValueError:
 class _One:
     """Evaluates one split after another with the same model."""
 
-    def __init__(self, recipe: Evaluation, judged: Judged, accelerator: Accelerator, say: Printer):
+    def __init__(
+        self, recipe: Evaluation, judged: Judged, trained: Data | None, accelerator: Accelerator, say: Printer
+    ):
         self.recipe, self.judged, self.accelerator, self.say = recipe, judged, accelerator, say
+        self.trained = trained
         self.task, self.names = judged.task, judged.names
         self.crop_pct = judged.crop_pct if recipe.crop_pct is None else recipe.crop_pct
         if recipe.classes != "names" and len(self.names) != NUM_CLASSES:
@@ -267,7 +273,7 @@ class _One:
     def __call__(self, data: Data, out: Path | None) -> dict[str, Any]:
         """Return the numbers of one split; write and draw them if there is an `out`."""
         recipe, accelerator = self.recipe, self.accelerator
-        source = _open(data, self.say, needs_labels=recipe.labels != "real")
+        source = _open(recipe, data, self.trained, self.say)
         split = WholeSplit(
             source,
             image_size=self.judged.image_size,
@@ -347,12 +353,53 @@ class _One:
         return {"mce": mce(errors)} | {f"error_{name}": error for name, error in errors.items()}
 
 
-def _open(data: Data, say: Printer, *, needs_labels: bool) -> Source:
+def _trained_on(recipe: Evaluation) -> Data | None:
+    """Return the data of the run that the model lies in, if they are those of the evaluation."""
+    path = Path(recipe.model).expanduser().resolve()
+    folders = path.parents[:3] if path.name in ("model", "model_ema") else [path]
+    written = [folder / "recipe.json" for folder in folders if (folder / "recipe.json").is_file()]
+    if not written:
+        return None
+    found = json.loads(written[0].read_text())["data"]
+    trained = replace(recipe.data, **{name: found.get(name) for name in ("path", "name", "split", "splits")})
+    here, there = (str(Path(data.path).expanduser().resolve()) for data in (recipe.data, trained))
+    return trained if here == there and recipe.data.name == trained.name else None
+
+
+def _divided_as(data: Data, trained: Data | None, say: Printer) -> Data:
+    """Return the data, divided by the rule of the training unless what is asked for lies beside what it divided."""
+    if trained is None or trained.splits is None or data.splits is not None:
+        return data
+    own = list_splits(data)
+    if data.split != "train" and data.split in own and len(own) > 1:
+        return data
+    say(
+        f"the model was trained on a part of these images (its run's data.splits): using --data.splits {trained.splits}"
+    )
+    return replace(data, splits=trained.splits)
+
+
+def _open(recipe: Evaluation, data: Data, trained: Data | None, say: Printer) -> Source:
     split = data.split or next((s for s in ("test", "validation", "val") if s in list_splits(data)), None)
     source = open_source(data, split=split)
     say(source.summary())
-    if needs_labels and not source.has_labels:
+    if recipe.labels != "real" and not source.has_labels:
         raise ValueError(f"{source.where}: has no labels; name another split (--data.split) or --data.label-column")
+    if trained is not None and trained.splits != data.splits:
+        if data.splits is not None:
+            say(
+                f"warning: the model was trained with data.splits={trained.splits}, not {data.splits}, so that some of "
+                "these images may have been trained on"
+            )
+    elif trained is not None and (split or "train") == (trained.split or "train"):
+        say(
+            f"warning: {source.where} is what the model was trained on: this measures memory; name another --data.split"
+        )
+    elif split is None and recipe.classes == "names":  # the others are test sets as a whole
+        say(
+            f"warning: {data.path} has no test or validation split, so all of {source.where} is used; of a model that "
+            "was trained on it this measures memory (--data.split and --data.splits name a part)"
+        )
     return source
 
 

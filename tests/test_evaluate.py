@@ -412,3 +412,60 @@ def test_the_rows_of_timm_come_out_digit_for_digit():
     )
     real = csv_row("x", {"real_top1": 0.5, "real_examples": 4}, pictures | {"image_size": [224, 160]})
     assert [real[name] for name in ("top1", "top5", "img_size")] == ["50.000", "", "224x160"]
+
+
+# ------------------------------------------------------------------------------------------------ trained on parts
+
+
+def run_with(folder, data, **trained):
+    """A run folder as training leaves it: a best model, a checkpoint, and the recipe that names what was trained on."""
+    for place in ("best", "checkpoints/step_00000001"):
+        timm_folder(folder / place / "model")
+    (folder / "recipe.json").write_text(
+        json.dumps({"data": {"path": str(data), "name": None, "split": None} | trained})
+    )
+    return folder
+
+
+@pytest.mark.parametrize("place", ["best/model", "checkpoints/step_00000001/model"])
+def test_a_model_of_a_divided_data_set_is_tested_on_the_part_it_has_not_seen(tmp_path, coloured, capsys, place):
+    run = run_with(tmp_path / "run", coloured, splits="stratified:50/25/25@1")
+    found = ask("own", run / place, tmp_path, coloured)
+    said = capsys.readouterr().err
+    assert found["examples"] == 6
+    assert "using --data.splits stratified:50/25/25@1" in said
+    assert "part test of stratified:50/25/25@1" in said
+    assert "warning" not in said
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["splits"] == "stratified:50/25/25@1"
+    asked = replace(EVALUATIONS["own"], model=str(run / place), out=str(tmp_path / "out"), pictures=False)
+    assert evaluate(replace(asked, data=Data(path=str(coloured), split="validation")))["examples"] == 6
+    assert "part validation of" in capsys.readouterr().err
+
+
+def test_a_split_that_training_did_not_divide_stays_itself(tmp_path, coloured, capsys):
+    data = tmp_path / "both"
+    for split in ("train", "test"):
+        shutil.copytree(coloured, data / split)
+    run = run_with(tmp_path / "run", data, splits="stratified:50/25/25@1")
+    whole = replace(EVALUATIONS["own"], model=str(run / "best" / "model"), out=str(tmp_path / "out"), pictures=False)
+    assert evaluate(replace(whole, data=Data(path=str(data), split="test")))["examples"] == 24
+    assert "data.splits" not in capsys.readouterr().err
+    assert evaluate(replace(whole, data=Data(path=str(data))))["examples"] == 6
+
+
+def test_images_that_were_trained_on_are_warned_of(tmp_path, coloured, capsys):
+    def said_of(model, **data):
+        recipe = replace(EVALUATIONS["own"], model=str(model), out=str(tmp_path / "out"), pictures=False)
+        evaluate(replace(recipe, data=Data(path=str(coloured), **data)))
+        return capsys.readouterr().err
+
+    rule = "stratified:50/25/25@1"
+    run = run_with(tmp_path / "run", coloured, splits=rule)
+    assert "is what the model was trained on" in said_of(run / "best" / "model", split="train")
+    assert f"trained with data.splits={rule}, not random:50/50" in said_of(run / "best/model", splits="random:50/50")
+    assert "warning" not in said_of(run / "best" / "model", splits=rule)
+    plain = run_with(tmp_path / "plain", coloured, splits=None)
+    assert "is what the model was trained on" in said_of(plain / "best" / "model")
+    assert "has no test or validation split" in said_of(timm_folder(tmp_path / "made"))
+    elsewhere = run_with(tmp_path / "elsewhere", tmp_path, splits=rule)
+    assert "has no test or validation split" in said_of(elsewhere / "best" / "model")

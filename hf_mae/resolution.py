@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hf_mae.evaluate import default_out, evaluate
+from hf_mae.evaluate import default_out, evaluate, load_classifier
 from hf_mae.evaluation.charts import draw_resolution
 from hf_mae.recipes.evaluation import Evaluation
 from hf_mae.run import model_folder
@@ -45,9 +45,12 @@ def sweep_resolution(
         {SIZE: fraction}}}}`. `table.md` and `resolution.png` are written beside it; train sizes are marked in both.
 
     Raises:
-        ValueError: no models or sizes, models or an evaluation that do not fit, or a folder of another evaluation.
+        ValueError: no models or sizes, models or an evaluation that do not fit, or a folder of another evaluation; for
+            all points before the first, where models and sizes show it.
     """
-    if not models or not sizes or min(sizes) < 1 or len({*sizes}) < len(sizes) or len({*models}) < len(models):
+    if sizes and min(sizes) < 1:
+        raise ValueError(f"sizes={tuple(sizes)} must be numbers of pixels, at least 1; leave {min(sizes)} out")
+    if not models or not sizes or len({*sizes}) < len(sizes) or len({*models}) < len(models):
         raise ValueError(
             f"models={tuple(models)} and sizes={tuple(sizes)}: name at least one of each, none twice, such as "
             "--models runs/a3 runs/a2 --sizes 160 192 224 256"
@@ -70,9 +73,13 @@ def sweep_resolution(
     agree(error, accelerator, f"reading {out}")
     found = gather_objects(found, accelerator)[0]
     wanted = [(model, size) for model in models for size in sizes]
+    missing = [
+        (model, size) for model, size in wanted if str(size) not in found.get(names[model], {}).get("points", {})
+    ]
+    _check_sizes(missing, say)
     for number, (model, size) in enumerate(wanted, 1):
         name, error = names[model], None
-        if str(size) in found.get(name, {}).get("points", {}):
+        if (model, size) not in missing:
             say(f"resolution: {number} of {len(wanted)}: {name} at {size} was measured before")
             continue
         say(f"resolution: {number} of {len(wanted)}: {name} at {size}")
@@ -117,6 +124,15 @@ def _names(models: Sequence[str], recipe: Evaluation) -> dict[str, str]:
             "give each a sweep of its own"
         )
     return names
+
+
+def _check_sizes(points: Sequence[tuple[str, int]], say: Printer) -> None:
+    """Refuse a model that cannot be loaded, or does not take a size, before any is measured at any."""
+    for model, size in points:
+        try:
+            load_classifier(model, size, say)
+        except ValueError as error:
+            raise ValueError(f"{model} at {size} pixels: {error}; leave it out of --models or --sizes") from error
 
 
 def _place(model: str) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from hf_mae import resolution
 from hf_mae.evaluate import evaluate
-from hf_mae.models.timm_models import TimmSpec, create, write_timm_folder
+from hf_mae.models.timm_models import TimmSpec, create, load, write_timm_folder
 from hf_mae.recipes.base import Data
 from hf_mae.recipes.evaluation import EVALUATIONS
 from hf_mae.resolution import sweep_resolution
@@ -82,11 +82,26 @@ def test_a_finished_point_is_kept_and_another_evaluation_is_refused(recipe, mode
     assert made == [40]
 
 
+def test_a_size_that_a_model_does_not_take_is_refused_before_the_first_evaluation(
+    recipe, models, tmp_path, monkeypatch
+):
+    spec = load(models[0])[1]
+    vit = replace(spec, architecture="test_vit")
+    write_timm_folder(tmp_path / "vit", vit, create(vit).state_dict())
+    monkeypatch.setattr(resolution, "evaluate", lambda one: pytest.fail(f"{one.model} was evaluated"))
+    with pytest.raises(ValueError, match=r"vit at 30 pixels: .*test_vit does not take .* 30 x 30 .* --sizes"):
+        sweep_resolution([models[0], str(tmp_path / "vit")], recipe, sizes=(16, 30), out=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"gone at 16 pixels: .*does not exist"):
+        sweep_resolution([models[0], "runs/gone"], recipe, sizes=(16,), out=tmp_path / "out")
+
+
 def test_what_cannot_be_drawn_is_refused(recipe, models, tmp_path):
     with pytest.raises(ValueError, match="name at least one of each, none twice"):
         sweep_resolution([], recipe, sizes=(32,), out=tmp_path)
     with pytest.raises(ValueError, match="name at least one of each, none twice"):
         sweep_resolution(models, recipe, sizes=(32, 32), out=tmp_path)
+    with pytest.raises(ValueError, match=r"sizes=\(32, 0\) must be numbers of pixels, at least 1; leave 0 out"):
+        sweep_resolution(models, recipe, sizes=(32, 0), out=tmp_path)
     with pytest.raises(ValueError, match="imagenet-c has no top-1 to draw"):
         sweep_resolution(models, EVALUATIONS["imagenet-c"], sizes=(32,), out=tmp_path)
     (tmp_path / "other").mkdir()

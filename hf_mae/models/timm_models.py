@@ -136,7 +136,12 @@ def compile_features(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------ making
 
 
-def _check_name(name: str) -> None:
+def check_architecture(name: str) -> None:
+    """Refuse a name that timm has no architecture of; nothing is made.
+
+    Raises:
+        ValueError: it is unknown, or names weights.
+    """
     if "/" in name or ":" in name:
         raise ValueError(
             f"model.architecture={name} names weights, not an architecture; pass it as --init-from, and the "
@@ -179,7 +184,7 @@ def _is_fixed(architecture: str) -> bool:
 
 def _build(spec: TimmSpec, **options: Any) -> nn.Module:
     """Return timm's model as it is, with its own stochastic depth."""
-    _check_name(spec.architecture)
+    check_architecture(spec.architecture)
     arguments = _arguments(spec) | {"drop_rate": 0.0}  # some have a default
     if spec.drop_path_rate > 0:
         arguments["drop_path_rate"] = spec.drop_path_rate
@@ -212,8 +217,8 @@ def _check_runs(model: nn.Module, spec: TimmSpec) -> None:
         draws = not torch.equal(before, torch.get_rng_state())
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
-            f"timm's {spec.architecture} cannot train on pictures of {spec.image_size[0]} x {spec.image_size[1]} "
-            f"pixels and {spec.channels} channel(s) ({error}); choose another --model.image-size"
+            f"timm's {spec.architecture} does not take pictures of {spec.image_size[0]} x {spec.image_size[1]} "
+            f"pixels and {spec.channels} channel(s) ({error}); choose another image size"
         ) from error
     finally:
         torch.set_rng_state(before)

@@ -135,7 +135,7 @@ def test_making_a_model_leaves_no_trace_of_trying_it():
         ({"architecture": "test_vit"}, r"test_image_size=\(48, 48\) is not model.image_size=\(32, 32\).*one size only"),
         (
             {"architecture": "test_vit", "image_size": (30, 30), "test_image_size": (30, 30)},
-            r"test_vit cannot train on pictures of 30 x 30 pixels and 3 channel.*choose another --model.image-size",
+            r"test_vit does not take pictures of 30 x 30 pixels and 3 channel.*choose another image size",
         ),
         (
             {"architecture": "test_vit", "test_image_size": (32, 32), "model_args": {"proj_drop_rate": 0.1}},

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -24,21 +24,15 @@ import pyarrow as pa
 
 from hf_mae.data.formats import HTTP_ERROR, ParquetSource, Source, holds_bytes, type_name
 from hf_mae.data.images import EXTENSIONS
+from hf_mae.data.parts import SPLIT_NAMES, alike, list_parts, open_part
 from hf_mae.data.rows import ArrowSource, DigitsSource, FolderSource
-from hf_mae.data.splits import Subset, check_splits, parse_rule, read_splits, split_source
 from hf_mae.data.webdataset import TarSource
 from hf_mae.recipes.base import Data
 
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "target", "cls", "category", "y")
 
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
-
-__all__ = ["Source", "choose_columns", "list_splits", "open_source"]
+__all__ = ["SPLIT_NAMES", "Source", "choose_columns", "list_splits", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +53,9 @@ def open_source(data: Data, split: str | None = None, *, field: str = "data.spli
     To open a second split of the same commit: `open_source(replace(data, revision=first.revision), "test")`.
 
     Args:
-        data: the recipe's `data` group. `path` is `digits`, a local folder or file, or a Hub id. With `splits` set, the
-            train split (or the only one) is divided: a part is opened under its name, another split of the data under
-            its own, and None is the part to train on.
+        data: the recipe's `data` group. `path` is `digits`, a local folder or file, or a Hub id. With `splits` set, one
+            split is divided (the one that a file names; else train, or the only one): a part is opened under its name,
+            another split of the data under its own, and None is the part to train on.
         split: overrides `data.split`.
         field: the field of the recipe that names the split, for messages.
 
@@ -82,7 +76,7 @@ def open_source(data: Data, split: str | None = None, *, field: str = "data.spli
             "revisions; leave it out"
         )
     if data.splits is not None:
-        return _open_part(data, data.splits, wish)
+        return open_part(data, wish.split, field=field, open_source=open_source, list_splits=list_splits)
     if data.path == "digits":
         return _open_digits(data, wish)
     return _open_local(local, data, wish) if local.exists() else _open_hub(data, wish)
@@ -98,9 +92,7 @@ def list_splits(data: Data) -> list[str]:
         ValueError: `data.splits` is neither a rule nor a readable file.
     """
     if data.splits is not None:
-        parts = _parts(data.splits)
-        own = list_splits(replace(data, splits=None))
-        return [*parts, *(name for name in own if name != _divided(own) and _alike(name, parts) is None)]
+        return list_parts(data, list_splits)
     if data.path == "digits":
         return ["train", "test"]
     local = Path(data.path).expanduser()
@@ -120,48 +112,6 @@ def list_splits(data: Data) -> list[str]:
         raise RuntimeError(f"the splits cannot be listed: {error}") from error
     except (ValueError, KeyError):
         return []
-
-
-def _parts(splits: str) -> list[str]:
-    rule = parse_rule(splits)
-    return list(rule.names if rule is not None else read_splits(Path(splits).expanduser()).parts)
-
-
-def _divided(own: Sequence[str]) -> str:
-    """Name the split that `data.splits` divides, of those the data has: train, or the only one."""
-    return own[0] if len(own) == 1 else "train"
-
-
-def _open_part(data: Data, splits: str, wish: _Wish) -> Source:
-    """Open a part of the divided split, or another split of the data."""
-    whole = replace(data, splits=None, split=None)
-    parts, own = _parts(splits), list_splits(whole)
-    wanted = wish.split if wish.split is not None else "train"
-    part = _alike(wanted, parts)
-    base = open_source(whole)
-    if part is None:
-        other = None if own and _alike(wanted, own) is None else open_source(whole, wanted, field=wish.field)
-        if other is None or other.fingerprint == base.fingerprint:
-            names = [name for name in list_splits(data) if name not in parts]
-            raise ValueError(
-                f"{wish.field}={wanted!r} is not a split of {data.path}: data.splits={splits!r} makes "
-                f"{', '.join(parts)} of {base.where}"
-                + (f", and beside it there is {', '.join(names)}" if names else "")
-                + "; name one of these, or a rule with three parts"
-            )
-        return other
-    rule = parse_rule(splits)
-    if rule is not None:
-        lists = split_source(base, rule, split=_divided(own))
-    else:
-        lists = read_splits(Path(splits).expanduser())
-        check_splits(lists, base, splits)
-    source = Subset(base, lists.parts[part], where=f"{base.where}, part {part} of {splits}")
-    if part == "train":
-        hidden = [name for name in own if name != _divided(own) and _alike(name, parts) is not None]
-        if hidden:
-            source.notes.append(f"its own split(s) {', '.join(hidden)} are not used: data.splits makes its own")
-    return source
 
 
 def _open_digits(data: Data, wish: _Wish) -> Source:
@@ -593,15 +543,13 @@ def _choose_split(wish: _Wish, available: Sequence[str], data: Data) -> str:
         raise ValueError(
             f"data.path={data.path!r} has no split train; name one with --{wish.field}: {', '.join(available)}"
         )
-    if (name := _alike(wanted, available)) is not None:
+    if (name := alike(wanted, available)) is not None:
         return name
-    raise ValueError(f"{wish.field}={wanted!r} is not a split of {data.path}; it has {', '.join(available)}")
-
-
-def _alike(wanted: str, available: Sequence[str]) -> str | None:
-    """Find a split by its name, or by another name of the same (val, valid and dev mean validation)."""
-    same = next((aliases for aliases in SPLIT_NAMES.values() if wanted in aliases), (wanted,))
-    return next((name for name in (wanted, *same) if name in available), None)
+    make = alike(wanted, ("validation", "test")) is not None
+    raise ValueError(
+        f"{wish.field}={wanted!r} is not a split of {data.path}; it has {', '.join(available)}; name one of these with "
+        f"--{wish.field}" + ", or make validation and test of one with --data.splits stratified:80/10/10" * make
+    )
 
 
 def choose_columns(

@@ -72,6 +72,12 @@ class Splits:
     of: dict[str, Any]
     """What was divided: `split`, `fingerprint` and `rows` of the source."""
 
+    @property
+    def split(self) -> str | None:
+        """Name of the split that was divided, where it is known."""
+        name = self.of.get("split")
+        return name if isinstance(name, str) and name else None
+
 
 def parse_rule(text: str) -> Rule | None:
     """Read a rule such as `stratified:80/10/10@3334`; the seed may be left out and is 0 then.
@@ -238,13 +244,27 @@ def split_source(source: Source, rule: Rule, *, split: str = "train") -> Splits:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def write_splits(path: Path, splits: Splits) -> None:
-    """Write the lists as JSON; the file is whole or absent."""
+def write_splits(path: Path, splits: Splits, *, overwrite: bool = False) -> None:
+    """Write the lists as JSON; the file is whole or absent.
+
+    Raises:
+        ValueError: there is such a file with other content, and it is not to be overwritten.
+    """
+    parts = {name: rows.tolist() for name, rows in splits.parts.items()}
+    text = json.dumps({"rule": splits.rule, "of": splits.of, "parts": parts})
+    if path.is_dir():
+        raise ValueError(f"out={str(path)!r} is a folder; name a file, such as {path / 'splits.json'}")
+    if path.exists() and not overwrite:
+        if path.read_bytes() == text.encode():
+            return
+        raise ValueError(
+            f"out={str(path)!r} exists and holds something else, and runs may depend on it; name another file with "
+            "--out, or pass --overwrite"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    parts = {name: rows.tolist() for name, rows in splits.parts.items()}
     with temporary.open("w") as file:
-        json.dump({"rule": splits.rule, "of": splits.of, "parts": parts}, file)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -307,8 +327,8 @@ def check_splits(splits: Splits, source: Source, named: str) -> None:
             raise ValueError(
                 f"data.splits={named!r} was made for data with {name} {splits.of[name]!r}, and {source.where} has "
                 f"{value!r}: files were added, removed or changed, or the data are read in another way (streamed, "
-                "downloaded); write it anew with `hf-mae split`, or give the rule itself, which depends on the labels "
-                "alone"
+                "downloaded); write it anew with `hf-mae split`, or give the rule itself, which divides the rows as "
+                "they are now: by their number and order and, where it is stratified, their labels"
             )
 
 
@@ -321,10 +341,11 @@ class Subset(Source):
     Args:
         base: the source.
         rows: [n] row numbers, counted through the source, each once, in any order.
+        beside: rows of the other parts of the same division, where it matters to a run that they stay what they are.
         where: the part in words.
     """
 
-    def __init__(self, base: Source, rows: Ints, *, where: str = "") -> None:
+    def __init__(self, base: Source, rows: Ints, *, beside: Sequence[Ints] = (), where: str = "") -> None:
         self.base, self.rows = base, np.sort(rows)
         ends: Ints = np.cumsum(base.sizes)
         chunks = np.searchsorted(ends, self.rows, side="right")
@@ -332,8 +353,8 @@ class Subset(Source):
         inside = self.rows - (ends - base.sizes)[chunks]
         self._inside: list[Ints] = np.split(inside, first[1:])
         self.sizes = np.array([len(part) for part in self._inside], dtype=np.int64)
-        digest = hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()
-        self.fingerprint = fingerprint("subset", base.fingerprint, digest)
+        digests = [hashlib.sha256(np.sort(part).astype("<i8").tobytes()).hexdigest() for part in (rows, *beside)]
+        self.fingerprint = fingerprint("subset", base.fingerprint, *digests)
         self.kind, self.num_shards, self.bytes_per_row = base.kind, base.num_shards, base.bytes_per_row
         self.has_labels, self.label_names = base.has_labels, base.label_names
         self.revision, self.schema = base.revision, base.schema

@@ -545,6 +545,11 @@ def test_wrong_paths_say_what_was_looked_for_and_found(path, message, tmp_path):
 def test_splits_that_are_not_there_are_listed(made):
     with pytest.raises(ValueError, match=r"data\.split='dev' is not a split of .*; it has train, test"):
         open_source(Data(path=str(made / "parquet"), split="dev"))
+    remedy = (
+        r"it has train, test; name one of these with --evals\.split, or make .* --data\.splits stratified:80/10/10$"
+    )
+    with pytest.raises(ValueError, match=remedy):
+        open_source(Data(path="digits"), "validation", field="evals.split")
     assert list_splits(Data(path=str(made / "nothing"))) == []
     for path in (str(made / "parquet"), str(made / "folder"), str(made / "tar/test-0.tar"), "digits"):
         with pytest.raises(ValueError, match=r"^evals\.split='nonsense' is not a split of .*; it has t"):

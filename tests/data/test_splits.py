@@ -303,12 +303,62 @@ def test_lists_for_other_data_are_refused(folder):
     open_source(data)
     write_folder(folder / "data", range(60, 61))
     now = open_source(replace(data, splits=None)).fingerprint
-    with pytest.raises(ValueError, match=f"with fingerprint '{source.fingerprint}', and .* has '{now}'"):
+    why = "divides the rows as they are now: by their number and order and"
+    with pytest.raises(ValueError, match=f"with fingerprint '{source.fingerprint}', and .* has '{now}'.*{why}"):
         open_source(data)
     with pytest.raises(ValueError, match=r"with rows 5, and .* has 131"):
         check_splits(
             Splits({}, "", {"rows": 5, "fingerprint": FakeSource(SIZES).fingerprint}), FakeSource(SIZES), "splits.json"
         )
+
+
+def test_a_file_divides_the_split_that_it_names(tmp_path):
+    for name, rows in (("train", range(30)), ("test", range(30, 60))):
+        write_folder(tmp_path / "data" / name, rows)
+    data, file = Data(path=str(tmp_path / "data")), tmp_path / "splits.json"
+    splits = split_source(open_source(data, "test"), Rule("random", (50, 50), 1), split="test")
+    write_splits(file, splits)
+    divided = replace(data, splits=str(file))
+    assert list_splits(divided) == ["train", "validation"]
+    train, validation = (open_source(divided, name) for name in list_splits(divided))
+    assert sorted(numbers(train) + numbers(validation)) == list(range(30, 60))
+    assert "its own split(s) train are not used" in train.summary()
+    with pytest.raises(ValueError, match=r"evals\.split='test' is not a split of .* makes train, validation of .*test"):
+        open_source(divided, "test", field="evals.split")
+    write_splits(file, replace(splits, of=splits.of | {"split": "holdout"}), overwrite=True)
+    with pytest.raises(ValueError, match=r"divides the split 'holdout', and .* has train, test; write it anew"):
+        open_source(divided)
+
+
+def test_a_file_is_replaced_only_if_wished(folder):
+    source, file = open_source(Data(path=str(folder / "data"))), folder / "splits.json"
+    first, second = (split_source(source, Rule("random", (80, 20), seed)) for seed in (1, 2))
+    write_splits(file, first)
+    before = file.read_bytes()
+    write_splits(file, first)
+    with pytest.raises(ValueError, match=r"splits\.json' exists and holds something else, .*--overwrite"):
+        write_splits(file, second)
+    assert file.read_bytes() == before
+    write_splits(file, second, overwrite=True)
+    assert file.read_bytes() != before
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        write_splits(folder, second)
+
+
+def test_the_other_parts_are_in_the_fingerprint_of_a_part(folder):
+    """Else a run could go on with the same training rows and be judged on others."""
+    data = Data(path=str(folder / "data"))
+    base = open_source(data)
+
+    def fingerprints(*parts) -> str:
+        named = {name: np.array(rows) for name, rows in zip(("train", "validation", "test"), parts, strict=False)}
+        write_splits(folder / "s.json", Splits(named, "by hand", {"split": "train", **facts}), overwrite=True)
+        return open_source(replace(data, splits=str(folder / "s.json"))).fingerprint
+
+    facts = {"fingerprint": base.fingerprint, "rows": 60}
+    train, a, b = range(40), range(40, 50), range(50, 60)
+    assert len({fingerprints(train, a, b), fingerprints(train, b, a), fingerprints(train, a), fingerprints(train)}) == 4
+    assert fingerprints(train, [*a, *b]) == Subset(base, np.arange(40)).fingerprint  # all the rest: known from the rows
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ batch with `num_classes`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +40,13 @@ def check_labels(train: Source, test: Source | None, data: Data) -> Classes:
         data: the recipe's `data` group, for the columns that were wished for.
 
     Returns:
-        The classes of both splits. `notes` names classes that never occur in training, and splits that were not looked
-        through.
+        The classes of both splits. `notes` names classes that never occur in training, with a warning where they are
+        tested, and splits that were not looked through.
 
     Raises:
         ValueError: there are no labels, or text or floats; a number has no class; rows have no label; there is only
-            one class; or the classes of the splits differ or stand in another order. Says what to do.
+            one class; or the classes of the splits differ, stand in another order or have no image in common. Says what
+            to do.
         RuntimeError: a file is gone.
     """
     _check_column(train, data)
@@ -72,8 +73,8 @@ def check_labels(train: Source, test: Source | None, data: Data) -> Classes:
         tested = _check_numbers(test, data, names, split="evals.split")
         if tested is None:
             notes.append(_not_scanned(test))
-        elif seen is not None and (unseen := [names[i] for i in sorted(tested - seen)]):
-            notes.append(f"{len(unseen):,} classes are tested but never seen in training: {_some(unseen)}")
+        elif seen is not None and (unseen := sorted(tested.keys() - seen.keys())):
+            notes.append(_unseen(train, test, seen, tested, [names[i] for i in unseen]))
     return Classes(tuple(names), tuple(notes))
 
 
@@ -150,8 +151,8 @@ def _one_class(source: Source) -> str:
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-def _check_numbers(source: Source, data: Data, names: Sequence[str] | None, *, split: str) -> set[int] | None:
-    """Return the classes that occur, None where looking costs more than the label column.
+def _check_numbers(source: Source, data: Data, names: Sequence[str] | None, *, split: str) -> dict[int, int] | None:
+    """Return the images of each class that occurs, None where looking costs more than the label column.
 
     Raises:
         ValueError: a row has no label, or one that names no class.
@@ -184,10 +185,11 @@ def _check_numbers(source: Source, data: Data, names: Sequence[str] | None, *, s
             f"{int(labels[first])} in {_place(source, int(rows[first]))}; number the classes from 0, or correct the "
             "names"
         )
-    return set(np.unique(labels).tolist())
+    classes, counts = np.unique(labels, return_counts=True)
+    return dict(zip(classes.tolist(), counts.tolist(), strict=True))
 
 
-def _number(source: Source, seen: set[int]) -> list[str]:
+def _number(source: Source, seen: Mapping[int, int]) -> list[str]:
     """Name classes by their numbers."""
     largest = max(seen)
     if largest >= MAX_UNUSED * len(seen) + 100:
@@ -234,6 +236,27 @@ def _names(train: Source, test: Source | None) -> list[str] | None:
     raise ValueError(
         f"{where} differ: {at} ({'; '.join(parts)}); give both splits one list of names, also for classes that one of "
         "them lacks"
+    )
+
+
+def _unseen(
+    train: Source, test: Source, seen: Mapping[int, int], tested: Mapping[int, int], unseen: Sequence[str]
+) -> str:
+    """Say how many test images are of classes that training never sees.
+
+    Raises:
+        ValueError: all of them are.
+    """
+    if len(unseen) == len(tested):
+        raise ValueError(
+            f"{test.where}: none of its {len(tested):,} classes ({_some(unseen)}) has an image in {train.where}, so "
+            "every answer would be wrong; name a split of the classes that are trained on with --evals.split, or "
+            "divide the split to train on with --data.splits stratified:80/10/10"
+        )
+    images = sum(count for label, count in tested.items() if label not in seen)
+    return (
+        f"warning: {images:,} of {sum(tested.values()):,} test images are of {len(unseen):,} class(es) that training "
+        f"never sees, and will be answered wrongly: {_some(unseen)}"
     )
 
 

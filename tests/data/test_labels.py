@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,13 +73,25 @@ def test_numbers_without_names_are_named_by_themselves(tmp_path):
     assert check_labels(open_source(Data(path="digits")), None, Data()).names == tuple("0123456789")
 
 
-def test_absent_and_untrained_classes_are_notes_not_errors():
+def test_absent_classes_are_notes_and_tested_ones_among_them_warnings():
     train, test = Labelled([0, 2], ["a", "b", "c", "d"]), Labelled([0, 1, 1], ["a", "b", "c", "d"])
     notes = check_labels(train, test, Data()).notes
     assert notes == (
         "2 of 4 classes never occur in training: b, d",
-        "1 classes are tested but never seen in training: b",
+        "warning: 2 of 3 test images are of 1 class(es) that training never sees, and will be answered wrongly: b",
     )
+
+
+def test_a_test_split_of_other_classes_alone_is_refused(tmp_path):
+    write_folder(tmp_path / "train", [0, 1, 3, 4])
+    write_folder(tmp_path / "test", [1, 2, 5])  # class1 once, class2 twice
+    assert check(tmp_path, "test").notes[1].startswith("warning: 2 of 3 test images are of 1 class(es) that training")
+    shutil.rmtree(tmp_path / "test/class1")
+    message = (
+        r"test.*: none of its 1 classes \(class2\) has an image in .*train.* --evals\.split, or .* --data\.splits str"
+    )
+    with pytest.raises(ValueError, match=message):
+        check(tmp_path, "test")
 
 
 def test_labels_that_are_dear_to_read_are_left_to_the_loader_if_named():

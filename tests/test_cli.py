@@ -1,8 +1,9 @@
-"""The command line: what it answers without torch, and how recipe and hardware are read together."""
+"""The command line: what it answers without torch, how its words are read, and the commands that prepare data."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,8 +11,11 @@ import pytest
 from transformers import AutoConfig
 
 import hf_mae
-from hf_mae.cli import main, parse_plan
+from hf_mae.cli import main, parse_plan, sweeps
+from hf_mae.data.sources import open_source
+from hf_mae.recipes.base import Data
 from hf_mae.recipes.mae import PRESETS
+from tests.data.samples import picture, write_parquet
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -80,6 +84,140 @@ def test_a_misspelt_hub_id_ends_with_one_sentence(arguments, field, capsys, tmp_
     assert stopped.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"{field}=no-such/model is no path on this machine and cannot be opened as a Hub id" in said
+
+
+HELP = {
+    "pretrain": ["--data.path", "--model.mask-ratio", "--optim.base-lr", "--engine.precision"],
+    "finetune": ["--init-from", "--trainable-blocks", "--augment.mixup", "--evals.split"],
+    "probe": ["--init-from", "--evals.knn", "--data.label-column"],
+    "supervise": ["--model.architecture", "--loss.", "--data.splits", "--data.repeat-augment"],
+    "birds": ["--finetune, --no-finetune", "--find-lr", "--data.path"],
+    "lr-find": ["--low", "--high", "--steps", "--descending", "--model.architecture"],
+    "split": ["[DATA] [RULE]", "--out", "--of", "--overwrite", "--data.label-column", "--data.no-streaming"],
+    "background": ["SOURCE", "OUT", "--inset", "--iterations"],
+    "evaluate": ["--model", "--data.path"],
+    "plan": ["--gpu", "--gpus", "--check", "--json", "--model.mask-ratio"],
+    "reconstruct": ["MODEL", "--out", "--seed"],
+}
+SWEEP_HELP = {
+    "partial": ["--blocks", "--seeds", "--init-from"],
+    "seeds": ["--n", "--num-seeds", "--init-from"],
+    "over": ["--vary", "--seeds", "--init-from"],
+    "augment": ["--pipelines", "--seeds", "--model.architecture"],
+    "transfer": ["--init-from", "--data-sets", "--base-lr", "--global-batch"],
+    "resolution": ["--models", "--sizes", "--data.path"],
+}
+
+
+@pytest.mark.parametrize("words", [[c] for c in HELP] + [["sweep", kind] for kind in SWEEP_HELP], ids=" ".join)
+def test_every_command_says_what_it_takes(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    missing = [flag for flag in (SWEEP_HELP if len(words) > 1 else HELP)[words[-1]] if flag not in text]
+    assert not missing
+    assert f"usage: hf-mae {' '.join(words)}" in text
+
+
+def test_no_command_is_left_out_of_the_help(capsys):
+    main(["--help"])
+    usage = capsys.readouterr().out
+    assert set(re.findall(r"^  hf-mae ([a-z-]+)", usage, re.MULTILINE)) == HELP.keys() | {"sweep"}
+    main(["sweep", "--help"])
+    kinds = re.findall(r"^hf-mae sweep ([a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert kinds == list(SWEEP_HELP)
+    assert set(kinds) == sweeps._KINDS.keys()
+
+
+# ------------------------------------------------------------------------------------------------ split, background
+
+
+def stops(arguments, capsys) -> str:
+    """Run a command that ends with one sentence; return it."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_file_of_a_named_split_can_be_used(tmp_path, capsys):
+    file = tmp_path / "splits.json"
+    main(["split", "digits", "stratified:50/50@1", "--of", "test", "--out", str(file)])
+    assert "split test: train 180, validation 180; written to" in capsys.readouterr().out
+    assert json.loads(file.read_text())["of"]["split"] == "test"
+    parts = [open_source(Data(path="digits", splits=str(file)), name) for name in ("train", "validation")]
+    assert [int(part.sizes.sum()) for part in parts] == [180, 180]
+    assert all("split test" in part.where for part in parts)
+
+
+def test_split_takes_the_fields_of_the_data(tmp_path, capsys):
+    write_parquet(tmp_path / "data/test.parquet", range(30), label="kind_of_bird")
+    folder, out = str(tmp_path / "data"), ["--out", str(tmp_path / "splits.json")]
+    column = ["--data.label-column", "kind_of_bird", "--data.no-streaming"]
+    main(["split", folder, "stratified:80/20", *out, *column])
+    first = (tmp_path / "splits.json").read_bytes()
+    assert json.loads(first)["of"]["split"] == "test"  # the only one
+    main(["split", "--data.path", folder, "stratified:80/20", *column, *out])
+    assert (tmp_path / "splits.json").read_bytes() == first
+    other = ["split", folder, "stratified:80/20@1", *out, *column]
+    assert "exists and holds something else" in stops(other, capsys)
+    assert (tmp_path / "splits.json").read_bytes() == first
+    main([*other, "--overwrite"])
+    assert (tmp_path / "splits.json").read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "data.path is empty; name a folder"),
+        (["digits", "half"], "rule='half' is no rule; use such as stratified"),
+        (["digits", "random:50/50", "random:1/99"], "one data set and one rule are taken, and the data set is digits"),
+        (
+            ["digits", "--of", "dev"],
+            "of='dev' is not a split of digits; it has train, test; name one of these with --of",
+        ),
+        (["digits", "--of", "test", "--data.split", "train"], "of='test' and data.split='train' name two splits"),
+        (["digits", "--data.splits", "random:50/50"], "this command makes such a file; give the rule as RULE"),
+    ],
+)
+def test_what_cannot_be_divided_is_said(arguments, message, capsys, tmp_path):
+    assert message in stops(["split", *arguments, "--out", tmp_path / "splits.json"], capsys)
+    assert not (tmp_path / "splits.json").exists()
+
+
+def test_a_run_goes_on_when_its_file_of_splits_has_moved(tmp_path, capsys):
+    rule = ["split", "digits", "stratified:50/25/25@1", "--out"]
+    main([*rule, str(tmp_path / "a.json")])
+    line = ["supervise", "supervise-digits", "--model.architecture", "test_resnet", "--max-steps", "1"]
+    line += ["--global-batch", "16", "--num-workers", "0", "--eval-every", "0", "--evals.no-pictures"]
+    line += ["--evals.split", "validation", "--out", str(tmp_path / "run")]
+    main([*line, "--data.splits", str(tmp_path / "a.json")])
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.json").rename(tmp_path / "deep/b.json")
+    capsys.readouterr()
+    for same in (str(tmp_path / "deep/b.json"), "stratified:50/25/25@1"):
+        main([*line, "--data.splits", same])
+        assert "this run is finished (after 1 updates)" in capsys.readouterr().err
+
+    lists = json.loads((tmp_path / "deep/b.json").read_text())
+    lists["parts"] |= {"validation": lists["parts"]["test"], "test": lists["parts"]["validation"]}
+    (tmp_path / "c.json").write_text(json.dumps(lists))
+    for other in (tmp_path / "c.json", "stratified:50/25/25@2", "stratified:75/25@1"):  # judged or trained on others
+        assert "the data has changed" in stops([*line, "--data.splits", other], capsys)
+
+
+def test_background_says_what_it_did_and_where(tmp_path, capsys):
+    pytest.importorskip("cv2", reason="OpenCV is an extra: hf_mae[birds]")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/tiny.png").write_bytes(picture(0, "PNG", side=2))
+    (tmp_path / "in/bad.jpg").write_bytes(b"no picture")
+    main(["background", str(tmp_path / "in"), str(tmp_path / "out")])
+    record = tmp_path / "out/background.json"
+    assert capsys.readouterr().out == (
+        f"0 backgrounds removed, 1 pictures kept whole, 1 undecodable; which and why is in {record}\n"
+    )
+    assert json.loads(record.read_text())["counts"] == {"removed": 0, "kept": 1, "undecodable": 1}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +78,7 @@ def reconstruct_command(arguments: Sequence[str]) -> None:
     """Draw reconstructions."""
 
     def reconstruct(
-        model: tyro.conf.Positional[str],
+        model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
         images: tyro.conf.Positional[list[Path]],
         out: Path = Path("reconstruction.png"),
         seed: int = 0,
@@ -99,44 +99,73 @@ def reconstruct_command(arguments: Sequence[str]) -> None:
     tyro.cli(reconstruct, prog="hf-mae reconstruct", args=list(arguments))
 
 
+@dataclass(frozen=True)
+class SplitArguments:
+    """What `hf-mae split` takes: the data, the rule and the file."""
+
+    what: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[DATA] [RULE]")] = ()
+    """A folder, Parquet or tar files, or a Hub id (or --data.path); then a rule: stratified:PARTS or random:PARTS,
+    PARTS in percent (train/validation[/test]), @SEED. Without a rule stratified:80/10/10@3334."""
+    out: Path = Path("splits.json")
+    """The file to write (JSON)."""
+    of: str | None = None
+    """Which split to divide; train, or the only one."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace a file that holds other lists."""
+    data: Data = field(default_factory=Data)
+
+
 def split_command(arguments: Sequence[str]) -> None:
     """Divide a split and store the lists."""
+    given = tyro.cli(
+        SplitArguments,
+        prog="hf-mae split",
+        description="Divide one split of labelled images, and store the lists of its rows: use them with --data.splits "
+        "FILE. Columns, configuration and streaming are named as for training, and must be the same there.",
+        args=list(arguments),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    from hf_mae.data.parts import divided
+    from hf_mae.data.sources import list_splits, open_source
+    from hf_mae.data.splits import counts_in_words, parse_rule, split_source, write_splits
 
-    def split(
-        path: tyro.conf.Positional[str],
-        rule: tyro.conf.Positional[str] = "stratified:80/10/10@3334",
-        out: Path = Path("splits.json"),
-        of: str | None = None,
-    ) -> None:
-        """Divide one split of labelled images, and store the lists of its rows. Use them with --data.splits FILE.
+    data, text = _data_and_rule(given)
+    rule = parse_rule(text)
+    if rule is None:
+        raise ValueError(f"rule={text!r} is no rule; use such as stratified:80/10/10@3334 or random:95/5")
+    source = open_source(data, field="of" if given.of is not None else "data.split")
+    splits = split_source(source, rule, split=divided(list_splits(data), data.split))
+    write_splits(given.out, splits, overwrite=given.overwrite)
+    sys.stdout.write(
+        f"{source.where}: {counts_in_words(splits)}; written to {given.out}, use it with --data.splits {given.out}\n"
+    )
 
-        Args:
-            path: a folder, Parquet or tar files, or a Hub id.
-            rule: stratified:PARTS or random:PARTS, parts in percent (train/validation[/test]), @SEED.
-            out: the file to write (JSON).
-            of: which split to divide; the only one, or train.
-        """
-        from hf_mae.data.sources import open_source
-        from hf_mae.data.splits import parse_rule, split_source, write_splits
 
-        parsed = parse_rule(rule)
-        if parsed is None:
-            raise ValueError(f"rule={rule!r} is no rule; use such as stratified:80/10/10@3334 or random:95/5")
-        source = open_source(Data(path=path, split=of))
-        splits = split_source(source, parsed, split=of or "train")
-        write_splits(out, splits)
-        parts = ", ".join(f"{name} {len(rows):,}" for name, rows in splits.parts.items())
-        sys.stdout.write(f"{source.where}: {parts}; written to {out}, use it with --data.splits {out}\n")
-
-    tyro.cli(split, prog="hf-mae split", args=list(arguments))
+def _data_and_rule(given: SplitArguments) -> tuple[Data, str]:
+    """Return the data with the split to divide, and the rule: `DATA RULE`, or `--data.path DATA` and `RULE`."""
+    data, words = given.data, list(given.what)
+    if data.splits is not None:
+        raise ValueError(f"data.splits={data.splits!r}: this command makes such a file; give the rule as RULE")
+    if not data.path and words:
+        data = replace(data, path=words.pop(0))
+    if not data.path:
+        raise ValueError("data.path is empty; name a folder, Parquet or tar files, or a Hub id: hf-mae split DATA RULE")
+    if len(words) > 1:
+        raise ValueError(
+            f"{' '.join(given.what)}: one data set and one rule are taken, and the data set is {data.path}; leave out "
+            "the rest"
+        )
+    if given.of is not None and data.split not in (None, given.of):
+        raise ValueError(f"of={given.of!r} and data.split={data.split!r} name two splits to divide; leave one out")
+    return replace(data, split=given.of or data.split), words[0] if words else "stratified:80/10/10@3334"
 
 
 def background_command(arguments: Sequence[str]) -> None:
     """Copy pictures without their backgrounds."""
 
     def background(
-        source: tyro.conf.Positional[Path],
-        out: tyro.conf.Positional[Path],
+        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
+        out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")],
         inset: float = 0.05,
         iterations: int = 5,
     ) -> None:
@@ -150,9 +179,12 @@ def background_command(arguments: Sequence[str]) -> None:
             inset: the foreground lies within the picture less this share of each side.
             iterations: of GrabCut.
         """
-        from hf_mae.data.background import remove_backgrounds
+        from hf_mae.data.background import RECORD, remove_backgrounds
 
-        found = remove_backgrounds(source, out, inset=inset, iterations=iterations)
-        sys.stdout.write(json.dumps({k: v for k, v in found.items() if isinstance(v, int | float | str)}) + "\n")
+        counts = remove_backgrounds(source, out, inset=inset, iterations=iterations)["counts"]
+        sys.stdout.write(
+            f"{counts['removed']:,} backgrounds removed, {counts['kept']:,} pictures kept whole, "
+            f"{counts['undecodable']:,} undecodable; which and why is in {out / RECORD}\n"
+        )
 
     tyro.cli(background, prog="hf-mae background", args=list(arguments))

@@ -373,7 +373,7 @@ HARMLESS = frozenset(
         "save_every",
         "eval_every",
     }
-    | {"data.path", "data.streaming", "data.workers", "data.max_bad_fraction", "data.revision"}
+    | {"data.path", "data.splits", "data.streaming", "data.workers", "data.max_bad_fraction", "data.revision"}
     | {f"engine.{f.name}" for f in fields(Engine) if f.name not in {"precision", "tf32"}}
 )
 """Fields that may change when a run is resumed. The data may move: names and sizes of its files are compared."""

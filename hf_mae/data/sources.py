@@ -256,9 +256,9 @@ def _open_folder(root: Path, found: _Found, data: Data, wish: _Wish) -> Source:
         prefix = folders[chosen] + "/"
         files = [(name[len(prefix) :], size) for name, size in files if name.startswith(prefix)]
         root = root / folders[chosen]
-    elif alike := [name for name in classes if any(name.lower() in aliases for aliases in SPLIT_NAMES.values())]:
+    elif named := [name for name in classes if any(name.lower() in aliases for aliases in SPLIT_NAMES.values())]:
         what = (
-            f"folders named like splits ({', '.join(alike)}) lie beside images that are in none, so all are read as "
+            f"folders named like splits ({', '.join(named)}) lie beside images that are in none, so all are read as "
             "one split; to have splits move the others away, or point --data.path at one folder"
         )
         if wish.split is not None:

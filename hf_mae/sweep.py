@@ -18,10 +18,12 @@ from typing import Any
 
 from hf_mae.classify import classify
 from hf_mae.data.augment import check_augment
-from hf_mae.data.sources import list_splits, open_source
+from hf_mae.data.labels import check_labels
+from hf_mae.data.sources import SPLIT_NAMES, list_splits, open_source
 from hf_mae.evaluation.charts import draw_band, draw_over, draw_partial, draw_seeds, draw_variants
 from hf_mae.models.configuration_mae import MAEConfig
 from hf_mae.models.convert import load_official_checkpoint
+from hf_mae.models.timm_models import check_architecture
 from hf_mae.pretrain import pretrain
 from hf_mae.recipes.base import Recipe, check
 from hf_mae.recipes.classification import ClassifierRecipe, LabelledRecipe, check_classifier, check_labelled
@@ -259,8 +261,14 @@ def _sweep(
     recipes = list(runs.values())
     for one in recipes:
         _check(one)
-    for one in {(type(one), one.data, one.evals): one for one in recipes}.values():
-        _check_measured(one)
+    different = {(type(one), one.data, one.evals): one for one in recipes}
+    for one in different.values():
+        try:
+            _check_measured(one)
+        except ValueError as error:
+            if len(different) == 1:
+                raise
+            raise ValueError(f"run {Path(one.out).parent.name}: {error}") from error
     metric, accelerator = _metric_name(recipes), make_accelerator(recipes[0].engine)
     say = say or Printer(accelerator.is_main_process)
     found: dict[str, list[dict[str, Any]]] = {}
@@ -290,6 +298,7 @@ def _check(recipe: Recipe) -> None:
         check_classifier(recipe)
     elif isinstance(recipe, SuperviseRecipe):
         check_supervise(recipe)
+        check_architecture(recipe.model.architecture)
     elif isinstance(recipe, LabelledRecipe):
         check_labelled(recipe)
     else:
@@ -302,16 +311,21 @@ def _check_measured(recipe: Recipe) -> None:
     metric, split, classifies = metric_of(recipe), recipe.evals.split, isinstance(recipe, LabelledRecipe)
     if not classifies and not recipe.evals.knn:
         raise ValueError(f"evals.knn=False measures no {metric}, which a sweep compares; add --evals.knn")
-    if split is None:
-        split = next((s for s in ("test", "validation", "val") if s in list_splits(recipe.data)), None)
-    if split is None:
+    kinds = ("validation", "test") if classifies else ("test", "validation")
+    usual = [name for kind in kinds for name in SPLIT_NAMES[kind] if name in list_splits(recipe.data)]
+    train = open_source(recipe.data)
+    data = replace(recipe.data, revision=train.revision)
+    found = (open_source(data, split=s, field="evals.split") for s in (usual if split is None else [split]))
+    test = next((source for source in found if source.where != train.where), None)
+    if test is None:
         raise ValueError(
             f"{recipe.data.path}: no validation or test split was found, and a sweep compares {metric}; name one with "
             "--evals.split"
         )
     if classifies:
-        return  # which refuses missing labels itself, before training
-    for source in (open_source(recipe.data), open_source(recipe.data, split=split, field="evals.split")):
+        check_labels(train, test, recipe.data)  # training does so too, but the last run may begin days later
+        return
+    for source in (train, test):
         if not source.has_labels:
             raise ValueError(
                 f"{source.where}: has no labels, and a sweep compares {metric}; name labelled splits "

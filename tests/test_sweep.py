@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from hf_mae import sweep
+from hf_mae.cli.sweeps import sweep_command
 from hf_mae.recipes.base import Data
 from hf_mae.recipes.classification import ClassifierEvals
 from hf_mae.recipes.mae import QUICKSTART
-from hf_mae.recipes.supervised import SUPERVISE
+from hf_mae.recipes.supervised import BIRD_AUGMENTS, SUPERVISE
 from hf_mae.recipes.transfer import FINETUNE
 from hf_mae.sweep import band, metric_of, read_result, sweep_over, sweep_partial, sweep_seeds, sweep_variants, table
 
@@ -173,6 +174,58 @@ def never(monkeypatch):
 
     monkeypatch.setattr(sweep, "classify", begin)
     monkeypatch.setattr(sweep, "pretrain", begin)
+    monkeypatch.setattr("hf_mae.supervise.supervise", begin)
+
+
+def test_an_architecture_that_timm_does_not_have_is_found_before_the_first_run(never):
+    birds = SUPERVISE["supervise-digits"]
+    with pytest.raises(ValueError, match=r"model.architecture=resnet99 is unknown to timm"):
+        sweep_over(birds, "model.architecture", ["test_resnet", "resnet99"])
+
+
+def test_every_data_set_of_the_variants_is_opened_before_the_first_run(unlabelled, never, tmp_path):
+    birds = SUPERVISE["supervise-digits"]
+
+    def with_data(path, split="test"):
+        return replace(birds, data=Data(path=str(path)), evals=replace(birds.evals, split=split))
+
+    with pytest.raises(ValueError, match=r"run second: .*has no labels"):
+        sweep_variants({"first": birds, "second": with_data(unlabelled)}, out=tmp_path)
+    with pytest.raises(ValueError, match=r"run second: .*missing"):
+        sweep_variants({"first": birds, "second": with_data(tmp_path / "missing")}, out=tmp_path)
+    with pytest.raises(ValueError, match=r"run second: evals.split='testt'"):
+        sweep_variants({"first": birds, "second": with_data("digits", "testt")}, out=tmp_path)
+    trained_on = replace(with_data("digits", None), data=Data(path="digits", split="test"))
+    with pytest.raises(ValueError, match=r"run second: digits: no validation or test split was found"):
+        sweep_variants({"first": birds, "second": trained_on}, out=tmp_path)
+
+
+def augmented(monkeypatch, *flags):
+    """The recipes that `hf-mae sweep augment` compares."""
+    asked = {}
+    monkeypatch.setattr(sweep, "sweep_variants", lambda recipes, **_: asked.update(recipes))
+    sweep_command(["augment", "--data.path", "digits", *flags])
+    return asked
+
+
+def test_pipelines_keep_what_none_of_them_defines(monkeypatch):
+    flags = ["--augment.mixup", "0.2", "--augment.cutmix", "1.0", "--augment.color-jitter", "0.4"]
+    flags += ["--augment.mix-mode", "pair", "--augment.label-smoothing", "0.1", "--augment.crop", "center"]
+    for name, recipe in augmented(monkeypatch, *flags).items():
+        augment = recipe.augment
+        assert (augment.mixup, augment.cutmix, augment.mix_mode, augment.color_jitter) == (0.2, 1.0, "pair", 0.4)
+        assert (augment.label_smoothing, augment.crop) == (0.1, "center")
+        for field in ("rotate", "flip", "erase_prob", "rotate_fill", "auto_augment", "rand_augment"):
+            assert getattr(augment, field) == getattr(BIRD_AUGMENTS[name], field)
+
+
+@pytest.mark.parametrize(
+    "flag", [["--augment.rotate", "10"], ["--augment.no-flip"], ["--augment.rand-augment", "rand-m6"]]
+)
+def test_a_flag_that_every_pipeline_overrides_is_refused(monkeypatch, flag):
+    name = flag[0].replace("no-", "")
+    with pytest.raises(ValueError, match=f"{name}: set by the pipelines that are compared"):
+        augmented(monkeypatch, *flag)
 
 
 def test_partial_finds_mistakes_before_the_first_run(recipe, unlabelled, never):

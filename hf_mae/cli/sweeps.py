@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
 import tyro
 
 from hf_mae.cli.arguments import TRAINED, choose_preset, nearest, parse_with, require_data
 from hf_mae.recipes.base import Size
-from hf_mae.recipes.classification import ClassifierRecipe
+from hf_mae.recipes.classification import ClassifierAugment, ClassifierRecipe
 from hf_mae.recipes.evaluation import EVALUATIONS, Evaluation
 from hf_mae.recipes.fields import parse_values
 from hf_mae.recipes.supervised import BIRD_AUGMENTS, SUPERVISE, TRANSFER, SuperviseRecipe
@@ -165,8 +165,20 @@ def _augment(given: AugmentArguments) -> None:
     recipe = given.recipe
     if unknown := [name for name in given.pipelines if name not in BIRD_AUGMENTS]:
         raise ValueError(f"pipeline {unknown[0]!r} is unknown; {nearest(unknown[0], BIRD_AUGMENTS)}")
-    own = {name: getattr(recipe.augment, name) for name in ("crop", "scale", "mean", "std", "label_smoothing")}
-    recipes = {name: replace(recipe, augment=replace(BIRD_AUGMENTS[name], **own)) for name in given.pipelines}
+    # What the pipelines differ in is theirs; all the rest is the recipe's own.
+    pipelines, preset = BIRD_AUGMENTS.values(), SUPERVISE.get(recipe.name, recipe).augment
+    names = [field.name for field in fields(ClassifierAugment)]
+    defined = [name for name in names if len({getattr(pipeline, name) for pipeline in pipelines}) > 1]
+    if lost := [name for name in defined if getattr(recipe.augment, name) != getattr(preset, name)]:
+        flags = ", ".join(f"--augment.{name.replace('_', '-')}" for name in lost)
+        raise ValueError(
+            f"{flags}: set by the pipelines that are compared, so it would have no effect; leave it out, or compare "
+            f"its values: hf-mae sweep over supervise {recipe.name} --vary augment.{lost[0]}=V1,V2"
+        )
+    recipes = {
+        name: replace(recipe, augment=replace(recipe.augment, **{f: getattr(BIRD_AUGMENTS[name], f) for f in defined}))
+        for name in given.pipelines
+    }
     from hf_mae.sweep import sweep_variants
 
     out = recipe.out or f"runs/{recipe.name}-augment"

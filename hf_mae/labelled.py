@@ -60,7 +60,7 @@ class LabelledTraining(Training[L]):
             say(note)
         self.names = list(classes.names)
         self.num_classes = len(self.names)
-        return {"classes": self.names}
+        return {"classes": self.names, "test_images": self.test.fingerprint if self.test is not None else None}
 
     def _test_split(self, source: Source, say: Printer) -> Source | None:
         data, evals = replace(self.recipe.data, revision=source.revision), self.recipe.evals  # the same commit

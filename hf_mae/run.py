@@ -336,9 +336,9 @@ def _trained(trainable: int, parameters: int) -> str:
 
 def _check_labels_unchanged(saved: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
     for name, now in labels.items():
-        if saved.get(name) != now:
+        if name in saved and saved[name] != now:  # the first checkpoints do not say all of it
             raise ValueError(
-                f"{name} of the data have changed since the checkpoint was written (was {_short(saved.get(name))}, is "
+                f"{name} of the data have changed since the checkpoint was written (was {_short(saved[name])}, is "
                 f"{_short(now)}); restore them, or start a new run with another --out"
             )
 

@@ -132,7 +132,7 @@ def _check_sizes(points: Sequence[tuple[str, int]], say: Printer) -> None:
         try:
             load_classifier(model, size, say)
         except ValueError as error:
-            raise ValueError(f"{model} at {size} pixels: {error}; leave it out of --models or --sizes") from error
+            raise ValueError(f"{model} at {size} pixels (--models, --sizes): {error}") from error
 
 
 def _place(model: str) -> str:

@@ -339,7 +339,7 @@ def _check_labels_unchanged(saved: Mapping[str, Any], labels: Mapping[str, Any])
         if name in saved and saved[name] != now:  # the first checkpoints do not say all of it
             raise ValueError(
                 f"{name} of the data have changed since the checkpoint was written (was {_short(saved[name])}, is "
-                f"{_short(now)}); restore them, or start a new run with another --out"
+                f"{_short(now)}); restore them (the files, or data.splits), or start a new run with another --out"
             )
 
 

@@ -102,14 +102,14 @@ def birds_command(arguments: Sequence[str]) -> None:
 class LrFindArguments:
     """What `hf-mae lr-find` takes: the range, and a whole recipe."""
 
-    low: float = 1e-7
-    """Lowest learning rate per update."""
-    high: float = 1.0
-    """Highest learning rate per update."""
-    steps: int = 100
-    """Updates of the test."""
+    low: float | None = None
+    """Lowest learning rate per update; None is 1e-7, descending 1e-5."""
+    high: float | None = None
+    """Highest learning rate per update; None is 1, descending 1e-2."""
+    steps: int | None = None
+    """Updates of the test; None is 100, descending 1000."""
     descending: bool = False
-    """Go from high to low, as the bird slides did; makes no suggestion."""
+    """Go from high to low, as the bird slides did (hence their range); makes no suggestion."""
     recipe: Annotated[Any, tyro.conf.arg(name="")]
 
 

@@ -97,7 +97,9 @@ def check_state(saved: Mapping[str, Any], current: Mapping[str, Any], cursor: in
     for name in ("rows", "fingerprint", "seed", "remainder", "lanes", "window", "repeats", "repeat_augment"):
         if saved[name] != current[name]:
             what = (
-                "the data has changed" if name in ("rows", "fingerprint") else "the order of the samples would change"
+                "the data has changed (its files, or data.splits)"
+                if name in ("rows", "fingerprint")
+                else "the order of the samples would change"
             )
             raise ValueError(
                 f"{name} was {saved[name]!r} in the checkpoint and is {current[name]!r} now: {what}; restore it, or "

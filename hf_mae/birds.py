@@ -157,7 +157,7 @@ def _score(
             continue
         data = replace(recipe.data, split=split)
         wish = replace(EVALUATIONS["own"], model=str(model), data=data, out=str(out / "evaluation" / f"{name}_{split}"))
-        found[split] = evaluate(wish)["top1"]
+        found[split] = evaluate(replace(wish, pictures=recipe.evals.pictures and split == "test"))["top1"]
     return found
 
 

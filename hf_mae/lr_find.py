@@ -21,7 +21,8 @@ from hf_mae.classify import ClassifierTraining
 from hf_mae.data.augment import check_augment
 from hf_mae.evaluation.charts import draw_lr_find
 from hf_mae.pretrain import MaskedPretraining
-from hf_mae.recipes.base import HARMLESS, Recipe, Schedule, check, flat
+from hf_mae.recipes.base import HARMLESS, Recipe, Schedule, flat
+from hf_mae.recipes.checks import check
 from hf_mae.recipes.classification import ClassifierRecipe, LabelledRecipe, check_classifier
 from hf_mae.recipes.supervised import SuperviseRecipe, check_supervise
 from hf_mae.run import Training, run

@@ -24,7 +24,8 @@ from hf_mae.evaluation.reconstruction import Pictures, reconstruct
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.masking import mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
-from hf_mae.recipes.base import Recipe, check
+from hf_mae.recipes.base import Recipe
+from hf_mae.recipes.checks import check
 from hf_mae.run import Training, last_model, run
 from hf_mae.training.checkpoint import newest_checkpoint
 from hf_mae.training.loop import Evaluator

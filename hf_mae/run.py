@@ -26,7 +26,8 @@ from hf_mae.data.loader import Loader, check_state, loader_state, steps_per_epoc
 from hf_mae.data.order import Order, choose_lanes_and_window
 from hf_mae.data.sources import Source, open_source
 from hf_mae.data.stream import images_per_epoch
-from hf_mae.recipes.base import Recipe, choose_micro_batch, to_dict
+from hf_mae.recipes.base import Recipe, to_dict
+from hf_mae.recipes.checks import choose_micro_batch
 from hf_mae.training.best import bring_best
 from hf_mae.training.checkpoint import (
     TrainState,

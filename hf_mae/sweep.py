@@ -25,7 +25,8 @@ from hf_mae.models.configuration_mae import MAEConfig
 from hf_mae.models.convert import load_official_checkpoint
 from hf_mae.models.timm_models import check_architecture
 from hf_mae.pretrain import pretrain
-from hf_mae.recipes.base import Recipe, check
+from hf_mae.recipes.base import Recipe
+from hf_mae.recipes.checks import check
 from hf_mae.recipes.classification import ClassifierRecipe, LabelledRecipe, check_classifier, check_labelled
 from hf_mae.recipes.fields import as_text, check_field, with_field
 from hf_mae.recipes.fields import parse_values as parse_values

@@ -20,7 +20,8 @@ from hf_mae.planning.hardware import GPUS, HAND_OVER, IMAGES, Hardware
 from hf_mae.planning.plan import RESERVE, as_dict, make_run_plan
 from hf_mae.planning.published import PUBLISHED, PUBLISHED_MEMORY
 from hf_mae.planning.report import published_report, report
-from hf_mae.recipes.base import VIT_SIZES, Model, choose_micro_batch, largest_divisor
+from hf_mae.recipes.base import VIT_SIZES, Model
+from hf_mae.recipes.checks import choose_micro_batch, largest_divisor
 from hf_mae.recipes.mae import PRESETS
 from hf_mae.training.schedules import make_plan
 

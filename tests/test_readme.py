@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_mae.cli import parse_recipe, parse_sweep
-from hf_mae.recipes.base import check
+from hf_mae.recipes.checks import check
 from hf_mae.recipes.classification import check_classifier
 from hf_mae.recipes.evaluation import EVALUATIONS, Evaluation
 from hf_mae.recipes.mae import PRESETS

@@ -36,7 +36,8 @@ from hf_mae.planning.hardware import (
     Gpu,
     Hardware,
 )
-from hf_mae.recipes.base import Recipe, check, choose_micro_batch, largest_divisor
+from hf_mae.recipes.base import Recipe
+from hf_mae.recipes.checks import check, choose_micro_batch, largest_divisor
 from hf_mae.training.schedules import make_plan
 
 CHECKPOINTS: tuple[Checkpoint, ...] = ("none", "gelu", "blocks")

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from hf_mae.recipes.base import Augment, Optim, Recipe, Rule, Schedule, Size, check
+from hf_mae.recipes.base import Augment, Optim, Recipe, Rule, Schedule, Size
+from hf_mae.recipes.checks import check
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from hf_mae.recipes.base import Data, Recipe, choose_micro_batch
+from hf_mae.recipes.base import Data, Recipe
+from hf_mae.recipes.checks import choose_micro_batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,11 @@ from hf_mae.recipes.base import (
     Optim,
     Recipe,
     changed_fields,
-    check,
-    choose_micro_batch,
     flat,
     from_dict,
     to_dict,
 )
+from hf_mae.recipes.checks import check, choose_micro_batch
 from hf_mae.recipes.mae import PRESETS
 from hf_mae.training.schedules import make_plan
 

@@ -38,6 +38,8 @@ ASCENDING = (1e-7, 1.0, 100)
 """Lowest rate, highest rate and updates where none are given."""
 DESCENDING = (1e-5, 1e-2, 1000)
 """The same of a falling rate: the slides' `range_test(end_lr=1e-5, num_iter=1000)` of an optimizer at 1e-2."""
+TOP = 0.1
+"""The way down begins where the smoothed loss was last within this share of the fall from its top."""
 RUN = "lr-find-run"
 """The folder of the run in the folder of the search."""
 MIN_ROWS = 10
@@ -169,9 +171,16 @@ def suggest(lrs: Sequence[float], losses: Sequence[float]) -> tuple[list[float],
     used = _before_the_rise(losses, smoothed)
     if used < MIN_ROWS:
         return smoothed, used, None
+    # Only the way down to the lowest loss counts, from where it last was near the top: before that is noise, whose waves
+    # can be steeper.
+    lowest = min(range(used), key=lambda i: smoothed[i])
+    highest = max(smoothed[: lowest + 1])
+    near_the_top = highest - TOP * (highest - smoothed[lowest])
+    start = max(i for i in range(lowest + 1) if smoothed[i] >= near_the_top)
     # Central differences; the lr grows by a factor, so that neighbours are equally far apart on its axis. Both ends of
     # the run are left out: their means lean to one side.
-    slopes = {i: smoothed[i + 1] - smoothed[i - 1] for i in range(half, min(used - 1, len(smoothed) - half))}
+    way = range(max(start, half), min(lowest, used - 1, len(smoothed) - half))
+    slopes = {i: smoothed[i + 1] - smoothed[i - 1] for i in way}
     steepest = min(slopes, key=lambda i: slopes[i], default=None)
     return smoothed, used, steepest if steepest is not None and slopes[steepest] < 0 else None
 
@@ -223,7 +232,11 @@ def _read(search: Recipe, *, low: float, high: float, descending: bool) -> dict[
     elif steepest is not None:
         lr = lrs[steepest]
         suggestion = {"lr": lr, "base_lr": lr * 256 / search.global_batch}
-        why = f"the smoothed loss falls most steeply at lr {lr:.3g} (update {steepest + 1} of {len(rows)})"
+        lowest = lrs[min(range(used), key=lambda i: smoothed[i])]
+        why = (
+            f"the smoothed loss falls most steeply at lr {lr:.3g} (update {steepest + 1} of {len(rows)}), and is lowest "
+            f"at {lowest:.3g}"
+        )
     elif used < MIN_ROWS:
         why = (
             f"no suggestion: only {used} losses came before they rose or the run ended, and {MIN_ROWS} are needed; "

@@ -87,6 +87,14 @@ def test_a_loss_that_only_rises_suggests_nothing():
     assert suggest(lrs[:5], [1.0, 0.9, 0.8, 0.7, 0.6])[2] is None
 
 
+def test_waves_of_a_flat_noisy_beginning_are_no_descent(goldens):
+    """A real search (birds, ReXNet): its first wave, at 5e-7, is steeper than the way down."""
+    found = json.loads((goldens / "lr_find_birds.json").read_text())
+    _, _, steepest = suggest(found["lr"], found["loss"])
+    assert steepest is not None
+    assert 3e-5 < found["lr"][steepest] < 1e-3
+
+
 def test_smoothing_is_centred_and_keeps_lines():
     assert smooth([1.0] * 7, 2) == [1.0] * 7
     assert smooth([0.0, 1.0, 2.0, 3.0, 4.0], 1)[1:4] == [1.0, 2.0, 3.0]

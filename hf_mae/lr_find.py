@@ -171,8 +171,8 @@ def suggest(lrs: Sequence[float], losses: Sequence[float]) -> tuple[list[float],
     used = _before_the_rise(losses, smoothed)
     if used < MIN_ROWS:
         return smoothed, used, None
-    # Only the way down to the lowest loss counts, from where it last was near the top: before that is noise, whose waves
-    # can be steeper.
+    # Only the way down to the lowest loss counts, from where it last was near the top: before that is noise, and its
+    # waves can be steeper.
     lowest = min(range(used), key=lambda i: smoothed[i])
     highest = max(smoothed[: lowest + 1])
     near_the_top = highest - TOP * (highest - smoothed[lowest])
@@ -234,8 +234,8 @@ def _read(search: Recipe, *, low: float, high: float, descending: bool) -> dict[
         suggestion = {"lr": lr, "base_lr": lr * 256 / search.global_batch}
         lowest = lrs[min(range(used), key=lambda i: smoothed[i])]
         why = (
-            f"the smoothed loss falls most steeply at lr {lr:.3g} (update {steepest + 1} of {len(rows)}), and is lowest "
-            f"at {lowest:.3g}"
+            f"the smoothed loss falls most steeply at lr {lr:.3g} (update {steepest + 1} of {len(rows)}), "
+            f"and is lowest at {lowest:.3g}"
         )
     elif used < MIN_ROWS:
         why = (

@@ -107,15 +107,18 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
 def default_out(recipe: Evaluation) -> Path:
     """Return runs/evaluate-PRESET-MODEL, so that another model has another folder.
 
-    MODEL is the run or folder of the model (`NAME` of runs/NAME, `NAME-best` of runs/NAME/best/model), the name of an
-    official file, or ORG-NAME.
+    MODEL is the run or folder of the model (`NAME` of runs/NAME, `NAME-best` of runs/NAME/best/model, `SWEEP-0.1-seed_0`
+    of the run of a sweep runs/SWEEP/0.1/seed_0), the name of an official file, or ORG-NAME.
     """
     path = Path(recipe.model).expanduser()
     if not path.exists():
         return Path("runs") / f"evaluate-{recipe.name}-{recipe.model.replace('/', '-')}"
     parts = [part for part in path.resolve().parts[1:] if part not in ("checkpoints", "model")]
     inside_a_run = parts[-1:] == ["best"] or "checkpoints" in path.resolve().parts
-    name = "-".join(parts[-2 if inside_a_run else -1 :])
+    first = len(parts) - (2 if inside_a_run else 1)
+    if "runs" in parts[:first]:  # a run of a sweep is told from the others by the folders above it
+        first = len(parts) - parts[::-1].index("runs")
+    name = "-".join(parts[first:])
     return Path("runs") / f"evaluate-{recipe.name}-{name.removesuffix('.pth')}"
 
 

@@ -271,6 +271,8 @@ def test_two_models_are_written_to_two_folders(model, tmp_path, monkeypatch):
     [
         ("runs/one", "one"),
         ("runs/one/checkpoints/step_00000012/model", "one-step_00000012"),
+        ("runs/sweep/0.1/seed_0", "sweep-0.1-seed_0"),
+        ("runs/sweep/0.1/seed_0/best/model", "sweep-0.1-seed_0-best"),
         ("files/finetuned.pth", "finetuned"),
         ("org/name", "org-name"),
     ],

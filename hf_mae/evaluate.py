@@ -107,8 +107,8 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
 def default_out(recipe: Evaluation) -> Path:
     """Return runs/evaluate-PRESET-MODEL, so that another model has another folder.
 
-    MODEL is the run or folder of the model (`NAME` of runs/NAME, `NAME-best` of runs/NAME/best/model, `SWEEP-0.1-seed_0`
-    of the run of a sweep runs/SWEEP/0.1/seed_0), the name of an official file, or ORG-NAME.
+    MODEL is the run or folder of the model (`NAME` of runs/NAME, `NAME-best` of runs/NAME/best/model), with the folders
+    above it below runs/ (`SWEEP-0.1-seed_0` of runs/SWEEP/0.1/seed_0), the name of an official file, or ORG-NAME.
     """
     path = Path(recipe.model).expanduser()
     if not path.exists():

@@ -263,3 +263,20 @@ else:
 def test_elsewhere_importing_the_package_imports_and_registers_its_classes():
     assert set(hf_mae.__all__) <= vars(hf_mae).keys()
     assert type(AutoConfig.for_model("hf_mae")) is hf_mae.MAEConfig
+
+
+def test_sweep_transfer_fine_tunes_one_model_on_every_data_set(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("hf_mae.sweep.sweep_variants", lambda recipes, **given: asked.update(recipes=recipes, **given))
+    main(["sweep", "transfer", "--init-from", "resnet50.a1_in1k", "--epochs", "3", "--seeds", "2", "--out", "t"])
+    assert list(asked["recipes"]) == ["cifar10", "cifar100", "flowers", "cars", "aircraft"]
+    for recipe in asked["recipes"].values():
+        assert (recipe.init_from, recipe.epochs, recipe.data.path.count("/")) == ("resnet50.a1_in1k", 3, 1)
+        assert recipe.data.label_column is not None
+    assert (asked["seeds"], asked["out"]) == (2, "t")
+
+
+def test_sweep_transfer_says_which_data_have_to_be_brought(capsys):
+    line = ["sweep", "transfer", "--init-from", "resnet50.a1_in1k", "--data-sets"]
+    assert "hf-mae supervise transfer-inat2018 --data.path DATA" in stops([*line, "inat2018"], capsys)
+    assert "did you mean flowers" in stops([*line, "flower"], capsys)

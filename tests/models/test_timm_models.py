@@ -360,3 +360,11 @@ def test_weights_of_another_architecture_or_incomplete_ones_are_refused(tmp_path
     for function in (load, lambda name: from_weights(name, RESNET)):
         with pytest.raises(ValueError, match=r"(?s)do not fit timm's test_resnet: .*layer1.0.conv1.weight.*layer9"):
             function(tmp_path)
+
+
+def test_rexnet_has_the_published_channels():
+    """Goldens of timm 1.0.31 and of the original class: stem 32, blocks 16 to 185, then 1280."""
+    network = create(replace(RESNET, architecture="rexnet_100", names=tuple(map(str, range(400)))))
+    blocks = [block.conv_pwl.conv.out_channels for block in network.features if hasattr(block, "conv_pwl")]
+    published = [16, 27, 38, 50, 61, 72, 84, 95, 106, 117, 128, 140, 151, 162, 174, 185]
+    assert (network.stem.conv.out_channels, blocks, classifier(network).in_features) == (32, published, 1280)

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
@@ -14,6 +15,7 @@ from torchvision.transforms import functional as tv
 from hf_mae.data.images import eval_image
 from hf_mae.data.rand_augment import parse_rand_augment
 from hf_mae.recipes.supervised import BIRD_AUGMENTS, FIVE_MILLION, PROCEDURES, SUPERVISE, TRANSFER
+from hf_mae.recipes.transfer import FINETUNE
 
 
 @pytest.fixture
@@ -88,6 +90,22 @@ def test_the_birds_are_those_of_the_slides():
     assert (tuned.epochs, tuned.optim.weight_decay, tuned.model.drop_rate) == (4, 0, 0.16)
     for name in ("rexnet-birds-corrected", "efficientnet-b0-birds"):
         assert SUPERVISE[name].model.max_parameters == FIVE_MILLION
+
+
+def test_the_vit_beside_the_birds_keeps_their_limit():
+    from hf_mae import MAEConfig, MAEForImageClassification
+
+    wish = FINETUNE["finetune-vit-ti10-birds"].model
+    config = MAEConfig(
+        hidden_size=wish.hidden_size,
+        num_hidden_layers=wish.num_hidden_layers,
+        num_attention_heads=wish.num_attention_heads,
+        patch_size=wish.patch_size,
+        num_labels=400,
+    )
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in MAEForImageClassification(config).parameters())
+    assert parameters == 4_674_064 < FIVE_MILLION
 
 
 def test_transfer_has_the_papers_seven_data_sets():

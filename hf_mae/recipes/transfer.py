@@ -189,8 +189,9 @@ _SMALL_SCRATCH = replace(
     optim=ClassifierOptim(base_lr=2e-3, weight_decay=0.05, betas=(0.9, 0.95)),
 )
 
-# Beside the bird classifiers of `hf-mae supervise`, under their limit of five million parameters: a ViT-Ti has 5,563,792
-# with 400 species, with ten blocks 4,674,064. Pretrained by `hf-mae pretrain mae-vit-ti --model.num-hidden-layers 10`.
+# Beside the bird classifiers of `hf-mae supervise`, under their limit of five million parameters: a ViT-Ti has
+# 5,563,792 with 400 species, with ten blocks 4,674,064. Its encoder: `hf-mae pretrain mae-vit-ti
+# --model.num-hidden-layers 10`.
 _BIRDS = replace(
     _SMALL,
     name="finetune-vit-ti10-birds",

@@ -48,7 +48,7 @@ def rows(out, name):
 def test_a_run_that_ends_early_leaves_what_a_whole_one_leaves(recipe, capfd):
     out = classify(replace(recipe, evals=replace(recipe.evals, patience=2, pictures=True)))
     assert json.loads((out / "evaluation.json").read_text())["step"] == 3
-    names = {"attention.png", "confusion.png", "per_class.png", "reliability.png", "worst.png"}
+    names = {"attention.png", "confusion.png", "learning.png", "per_class.png", "reliability.png", "worst.png"}
     assert {p.name for p in (out / "pictures").iterdir()} == names
     assert "learning: loss" in capfd.readouterr().err
     assert [row["step"] for row in rows(out, "loss")] == [3]

@@ -248,12 +248,13 @@ def report(out: Path) -> None:
         for file in sorted((out / "birds" / kind).glob("seed_*/metrics.jsonl")):
             measured = [json.loads(line) for line in file.read_text().splitlines()]
             metric = "ema_top1" if kind == "efficientnet" else "top1"
-            rows.setdefault(kind, []).append([row[metric] for row in measured if metric in row][-1])
+            rows.setdefault(kind, []).extend([row[metric] for row in measured if metric in row][-1:])
     sweeps = {
         name: json.loads((out / name / "sweep.json").read_text())["values"]
         for name in SWEEPS
         if (out / name / "sweep.json").exists()
     }
+    rows = {name: values for name, values in rows.items() if values}
     table = {name: summary(values) for name, values in rows.items()}
     print("| birds at 64 px, test top-1 | mean | sd | runs |\n|---|---|---|---|")
     for name, row in table.items():

@@ -280,3 +280,12 @@ def test_sweep_transfer_says_which_data_have_to_be_brought(capsys):
     line = ["sweep", "transfer", "--init-from", "resnet50.a1_in1k", "--data-sets"]
     assert "hf-mae supervise transfer-inat2018 --data.path DATA" in stops([*line, "inat2018"], capsys)
     assert "did you mean flowers" in stops([*line, "flower"], capsys)
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = [sys.executable, "-m", "hf_mae.cli", "supervise", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, said = process.communicate()
+    assert (process.returncode, said) == (141, b"")

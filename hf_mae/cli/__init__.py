@@ -90,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("hf-mae: interrupted before training began; nothing was changed\n")
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `hf-mae pretrain --help | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         if not _ours(error) or os.environ.get("HF_MAE_TRACEBACK"):
             raise

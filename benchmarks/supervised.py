@@ -250,9 +250,10 @@ def report(out: Path) -> None:
             metric = "ema_top1" if kind == "efficientnet" else "top1"
             rows.setdefault(kind, []).extend([row[metric] for row in measured if metric in row][-1:])
     sweeps = {
-        name: json.loads((out / name / "sweep.json").read_text())["values"]
+        name: {key: summary([run["last"] for run in row["runs"]]) for key, row in values.items()}
         for name in SWEEPS
         if (out / name / "sweep.json").exists()
+        for values in [json.loads((out / name / "sweep.json").read_text())["values"]]
     }
     rows = {name: values for name, values in rows.items() if values}
     table = {name: summary(values) for name, values in rows.items()}
@@ -262,10 +263,14 @@ def report(out: Path) -> None:
     for name, values in sweeps.items():
         print(f"\n| {name} | mean | sd | runs |\n|---|---|---|---|")
         for key, row in values.items():
-            print(f"| {key} | {row['mean']:.4f} | {row['sd'] or float('nan'):.4f} | {len(row['runs'])} |")
+            print(f"| {key} | {row['mean']:.4f} | {row['sd'] or float('nan'):.4f} | {len(row['values'])} |")
     cpu = sum(row["cpu"] for row in times.values())
     print(f"\nCPU seconds: {cpu:.0f}, of two cores {cpu / 120:.0f} minutes")
-    record: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": describe_machine(), "birds": table}
+    record: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_machine() | {"command": "supervised.py run"},
+        "birds": table,
+    }
     record |= {"sweeps": sweeps, "seconds": {name: {k: row[k] for k in ("wall", "cpu")} for name, row in times.items()}}
     (out / "supervised.json").write_text(json.dumps(record, indent=1) + "\n")
     draw_variants(rows, out / "birds.png", title="birds at 64 px, 300 updates of 128", name="top1")

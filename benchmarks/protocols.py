@@ -90,7 +90,10 @@ def main() -> None:
     if given.what == "pretrain":
         jobs = [pretrain_command(name, path, given.out) for name, path in data.items()]
     else:
-        labelled = {name: label(name, path, given.out) for name, path in data.items()}
+        labelled = {
+            name: label(path, given.out / name / "labelled", limit) if (limit := LABELLED[name]) else path
+            for name, path in data.items()
+        }
         jobs = [
             protocol_command(name, path, protocol, seed, given.out)
             for seed, name, protocol in itertools.product(range(given.seeds), SIZE, given.only)
@@ -143,11 +146,8 @@ def start(folder: Path, arguments: list[str]) -> None:
     print(f"{folder}: {record['seconds']:.0f} s", flush=True)
 
 
-def label(name: str, path: Path, out: Path) -> Path:
-    """Write the labelled subset, the first images of each class, and the whole test split; return its folder."""
-    if (limit := LABELLED[name]) is None:
-        return path
-    folder = out / name / "labelled"
+def label(path: Path, folder: Path, limit: int) -> Path:
+    """Write the first `limit` training images of each class, and the whole test split, to a folder; return it."""
     if (folder / "test.parquet").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

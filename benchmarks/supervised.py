@@ -27,8 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from protocols import label
 from rounds import describe_machine
 
 from hf_mae.evaluation.charts import draw_variants
@@ -43,6 +42,8 @@ SWEEP = 200
 """Updates of a run of the sweeps of birds, at 32 px."""
 BATCH = 128
 CIFAR_EPOCHS = 5
+LABELLED = 1000
+"""Training images of each class of CIFAR-10."""
 VARIANTS = ("published-effective", "published-intended", "corrected")
 SWEEPS = ("augment", "rotation", "smoothing", "cifar")
 
@@ -73,7 +74,7 @@ def main() -> None:
 
 def jobs(given: argparse.Namespace) -> list[tuple[Path, list[str]]]:
     """Return (folder, command) of every job."""
-    label(given.cifar10, given.out)
+    label(given.cifar10, given.out / "cifar10", LABELLED)
     found: list[tuple[Path, list[str]]] = []
     data = [
         "--data.path",
@@ -138,25 +139,6 @@ def start(folder: Path, arguments: list[str]) -> None:
         done.write_text(json.dumps({"command": arguments, **seconds}) + "\n")
 
 
-def label(path: Path, out: Path, each: int = 1000) -> Path:
-    """Write the first images of each class and the whole test split; return their folder."""
-    folder = out / "cifar10"
-    if (folder / "test.parquet").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    table = pa.concat_tables(pq.read_table(file) for file in sorted(path.glob("train-*.parquet")))
-    seen: dict[int, int] = {}
-    rows = []
-    for row, value in enumerate(table["label"].to_pylist()):
-        if seen.setdefault(value, 0) < each:
-            seen[value] += 1
-            rows.append(row)
-    pq.write_table(table.take(rows), folder / "train.parquet", row_group_size=100)
-    test = pa.concat_tables(pq.read_table(file) for file in sorted(path.glob("test-*.parquet")))
-    pq.write_table(test, folder / "test.parquet", row_group_size=100)
-    return folder
-
-
 # ------------------------------------------------------------------------------------------------ sweeps
 
 
@@ -164,7 +146,12 @@ def sweep(what: str, given: argparse.Namespace) -> None:
     """Run one sweep in this process."""
     out, seeds = given.out / what, given.seeds
     if what == "cifar":
-        sweep_variants(cifar(label(given.cifar10, given.out)), seeds=seeds, out=out, title="A3 in miniature, CIFAR-10")
+        sweep_variants(
+            cifar(label(given.cifar10, given.out / "cifar10", LABELLED)),
+            seeds=seeds,
+            out=out,
+            title="A3 in miniature, CIFAR-10",
+        )
         return
     if what == "smoothing":
         recipe = small(SUPERVISE["rexnet-birds-published-effective"], given.birds)

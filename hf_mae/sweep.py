@@ -29,7 +29,6 @@ from hf_mae.recipes.base import Recipe
 from hf_mae.recipes.checks import check
 from hf_mae.recipes.classification import ClassifierRecipe, LabelledRecipe, check_classifier, check_labelled
 from hf_mae.recipes.fields import as_text, check_field, with_field
-from hf_mae.recipes.fields import parse_values as parse_values
 from hf_mae.recipes.supervised import SuperviseRecipe, check_supervise
 from hf_mae.run import model_folder
 from hf_mae.training.checkpoint import write_atomic
@@ -145,7 +144,7 @@ def sweep_over(
     Args:
         recipe: all but the field, `seed` and `out`, under which the runs are put.
         field: of the recipe, groups joined by a dot: `augment.label_smoothing`.
-        values: see `parse_values` for those of a command line.
+        values: see `hf_mae.recipes.fields.parse_values` for those of a command line.
         seeds: runs of each value, with the recipe's seed and those after it.
         train: `pretrain`, `classify` or `supervise`; None is the one that fits the recipe.
         say: prints a line; None prints to standard error, on the main process.

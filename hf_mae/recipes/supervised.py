@@ -181,29 +181,39 @@ _OURS = (
     "timm, hparams.mdx, family {family}: {what}; not published: every number (here: A2's, or that optimizer's usual)"
 )
 _SMOOTHED = replace(_RSB.augment, label_smoothing=0.1)
-_B_OPTIM = ClassifierOptim(name="rmsprop", base_lr=0.01, weight_decay=1e-5, eps=1e-3)
-_B_SCHEDULE = Schedule(name="step", warmup_epochs=5, warmup_lr=1e-6, gamma=0.97, step_epochs=2.4)
-_C_OPTIM = ClassifierOptim(name="sgd", base_lr=0.1, weight_decay=5e-5, nesterov=True, agc=0.01)
+_B = replace(
+    _A2,
+    loss=Loss(),
+    augment=_SMOOTHED,
+    optim=ClassifierOptim(name="rmsprop", base_lr=0.01, weight_decay=1e-5, eps=1e-3),
+    schedule=Schedule(name="step", warmup_epochs=5, warmup_lr=1e-6, gamma=0.97, step_epochs=2.4),
+)
+_C = replace(
+    _A2,
+    loss=Loss(),
+    augment=_SMOOTHED,
+    optim=ClassifierOptim(name="sgd", base_lr=0.1, weight_decay=5e-5, nesterov=True, agc=0.01),
+)
 _FAMILIES: dict[str, tuple[str, tuple[float, float, float], SuperviseRecipe]] = {
     "b1k": (
         "RMSProp (TensorFlow's), staircase decay with warm-up",
         (79.564, 85.479, 67.800),
-        replace(_A2, loss=Loss(), augment=_SMOOTHED, optim=_B_OPTIM, schedule=_B_SCHEDULE),
+        _B,
     ),
     "c1": (
         "SGD with Nesterov momentum and adaptive gradient clipping, cosine",
         (79.766, 85.755, 68.640),
-        replace(_A2, loss=Loss(), augment=_SMOOTHED, optim=_C_OPTIM),
+        _C,
     ),
     "b2k": (
         "RMSProp (TensorFlow's), staircase decay with warm-up",
         (79.388, 85.225, 67.860),
-        replace(_A2, loss=Loss(), augment=_SMOOTHED, optim=_B_OPTIM, schedule=_B_SCHEDULE),
+        _B,
     ),
     "c2": (
         "SGD with Nesterov momentum and adaptive gradient clipping, cosine",
         (79.868, 85.810, 69.010),
-        replace(_A2, loss=Loss(), augment=_SMOOTHED, optim=_C_OPTIM),
+        _C,
     ),
     "d": (
         "AdamW and BCE, cosine",

@@ -13,12 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("hubserver", Path(__file__).with_name("hubserver.py"))
+spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).parent / "hub" / "server.py")
 assert spec is not None
 assert spec.loader is not None
-hubserver = importlib.util.module_from_spec(spec)
-sys.modules["hubserver"] = hubserver
-spec.loader.exec_module(hubserver)
+hub_server = importlib.util.module_from_spec(spec)
+sys.modules["hub_server"] = hub_server
+spec.loader.exec_module(hub_server)
 
 FOLDER, SHARDS = Path(sys.argv[1]), sys.argv[2:]
 STEPS = 60
@@ -49,7 +49,7 @@ def start(environment, out):
 
 
 def main():
-    hub = hubserver.HubServer()
+    hub = hub_server.HubServer()
     private = {"HF_TOKEN": "hf_alice_write", "HF_HOME": str(FOLDER / "home"), "HF_HUB_OFFLINE": "0"}
     environment = os.environ | hub.env() | private | {"OMP_NUM_THREADS": "1"}
     os.environ.update(environment)

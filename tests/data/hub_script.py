@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "hub"), str(Path(__file__).parent)]
 
-from hubserver import HubServer
+from server import HubServer
 
 hub = HubServer()
 os.environ.update(hub.env())

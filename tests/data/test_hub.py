@@ -1,4 +1,4 @@
-"""Hub data sets, against a server on this machine that speaks the Hub's protocol (`tests/hubserver.py`)."""
+"""Hub data sets, against a server on this machine that speaks the Hub's protocol (`tests/hub/server.py`)."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ Own code, standard library plus PyYAML (which huggingface_hub already needs). Fo
         os.environ.update(hub.env())               # before importing huggingface_hub
         HfApi(endpoint=hub.url, token="hf_alice_write").create_repo("org/m")
 
-or `python hubserver.py --port 8899` (prints the environment to use).
+or `python server.py --port 8899` (prints the environment to use).
 
 What is real: repositories, commits, branches, tags, PRs, git blob ids, LFS batch (basic and multipart, with
 sha256 check), cross-origin signed redirects (an Authorization header sent to the store is refused, as S3 does),
@@ -161,7 +161,7 @@ class HubServer:
             "hf_bob_write": ("bob", "write", []),
             "hf_bob_read": ("bob", "read", []),
         }
-        self._tmp = None if root else tempfile.TemporaryDirectory(prefix="hubserver-")
+        self._tmp = None if root else tempfile.TemporaryDirectory(prefix="hub-")
         self.root = Path(root or self._tmp.name)
         self.lock, self.uploads, self.on_commit = threading.RLock(), {}, []
         self.store_srv = self._listen(0, StoreHandler)
@@ -467,7 +467,7 @@ class HubServer:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm, wbufsize = "HTTP/1.1", True, 1 << 16
-    server_version, sys_version = "hubserver", ""
+    server_version, sys_version = "hub", ""
 
     hub = property(lambda self: self.server.hub)
 
@@ -536,7 +536,7 @@ class Handler(BaseHTTPRequestHandler):
             import traceback
 
             traceback.print_exc()
-            self.reply({"error": f"hubserver: {type(e).__name__}: {e}"}, 500)
+            self.reply({"error": f"loopback hub: {type(e).__name__}: {e}"}, 500)
         finally:
             self.hub.log.append(
                 {

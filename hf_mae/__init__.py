@@ -17,6 +17,7 @@ _HOMES = {
     "MAEForPreTraining": "hf_mae.models.modeling_mae",
     "MAEModel": "hf_mae.models.modeling_mae",
     "convert_state_dict": "hf_mae.models.convert",
+    "export": "hf_mae.exporting.write",
     "reconstruct": "hf_mae.evaluation.reconstruction",
 }
 
@@ -24,6 +25,9 @@ _HOMES = {
 # that process the classes are imported, and so registered, when one is first used. Everywhere else it happens here, as
 # AutoModel cannot ask for it.
 _IS_COMMAND = PurePath(sys.argv[0] if getattr(sys, "argv", None) else "").stem == "hf-mae"
+
+if TYPE_CHECKING:
+    from hf_mae.exporting.write import export
 
 if TYPE_CHECKING or not _IS_COMMAND:
     from hf_mae.evaluation.reconstruction import reconstruct
@@ -39,6 +43,7 @@ __all__ = [
     "MAEModel",
     "__version__",
     "convert_state_dict",
+    "export",
     "reconstruct",
 ]
 

@@ -13,6 +13,15 @@ from pathlib import Path
 
 import hf_mae
 from hf_mae.cli.arguments import list_presets, nearest, parse_recipe
+from hf_mae.cli.hub import (
+    card_command,
+    convert_command,
+    demo_command,
+    export_command,
+    publish_command,
+    pull_command,
+    space_command,
+)
 from hf_mae.cli.sweeps import parse_sweep, sweep_command
 from hf_mae.cli.tools import (
     background_command,
@@ -51,6 +60,13 @@ USAGE = f"""hf-mae {hf_mae.__version__}: masked autoencoders for the Hugging Fac
   hf-mae plan [PRESET] --gpu a100 --gpus 64 [...]      FLOPs, memory, hours, loader and disk of a run, by arithmetic
   hf-mae plan --check                                  what published runs say of its assumptions
   hf-mae reconstruct MODEL IMAGE ... [--out FILE]      masked / predicted / pasted pictures of your images
+  hf-mae convert SOURCE OUT                            official .pth and other weights to a model folder
+  hf-mae export MODEL [OUT] [--target vit_mae ...]     stock classes of transformers, timm, ONNX; proven equal
+  hf-mae card EXPORT ORG/NAME                          the model card, from the run's records
+  hf-mae publish RUN_OR_EXPORT ORG/NAME [--dry-run]    export, card, checks, one commit on the Hub, verdict
+  hf-mae pull ORG/NAME OUT                             a checkpoint published with --checkpoint, to continue here
+  hf-mae demo [--reconstruct MODEL] [--classify MODEL] try models on your pictures in the browser
+  hf-mae space OUT [--reconstruct ID] [--classify ID]  the same page as a Hugging Face Space
 
 On several GPUs: accelerate launch --multi_gpu --num_processes N scripts/pretrain.py PRESET ...
 On several CPU processes: torchrun --standalone --nproc_per_node N scripts/pretrain.py PRESET ...
@@ -75,6 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "split": split_command,
         "background": background_command,
         "reconstruct": reconstruct_command,
+        "convert": convert_command,
+        "export": export_command,
+        "card": card_command,
+        "publish": publish_command,
+        "pull": pull_command,
+        "demo": demo_command,
+        "space": space_command,
     }
     if command in {"-h", "--help"}:
         sys.stdout.write(USAGE)

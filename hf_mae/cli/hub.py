@@ -1,0 +1,279 @@
+"""The commands from a run to the Hub and back: convert, export, card, publish, pull, demo, space."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from hf_mae.cards.options import CardOptions
+
+Target = Literal["auto", "vit_mae", "vit", "beit", "timm", "onnx", "hf_mae"]
+Weights = Literal["last", "best", "average"]
+Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_EXPORT")]
+Repository = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ORG/NAME")]
+Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """What `hf-mae convert` takes."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """An official .pth file, or a folder or Hub id in the layout of facebook/vit-mae-* or of this package."""
+    out: Out
+    """The model folder to write."""
+    license: str | None = None
+    """Licence of the weights; the official files' own, cc-by-nc-4.0, is known."""
+    norm_pix_loss: bool | None = None
+    """Whether the decoder predicts normalised patches, where neither the file nor its hash tells."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace a folder that this command wrote."""
+
+
+def convert_command(arguments: Sequence[str]) -> None:
+    """Turn weights of others into a model folder of this package."""
+    given = tyro.cli(
+        ConvertArguments,
+        prog="hf-mae convert",
+        description="Write a model folder of this package from weights of others. Nothing is unpickled but tensors and "
+        "plain data.",
+        args=list(arguments),
+    )
+    from hf_mae.exporting.convert import convert
+
+    known = {} if given.norm_pix_loss is None else {"norm_pix_loss": given.norm_pix_loss}
+    convert(given.source, given.out, license=given.license, overwrite=given.overwrite, say=_say, **known)
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """What `hf-mae export` takes."""
+
+    model: Model
+    """A run folder, a model folder, a Hub id or an official .pth file."""
+    out: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[OUT]")] = None
+    """The folder to write; of a run, RUN/export/TARGET unless given."""
+    target: Target = "auto"
+    """The stock class: beit or vit for classifiers (by their pooling) and encoders, vit_mae for pretraining, timm,
+    onnx; hf_mae is this package's own, with the decoder and every option."""
+    weights: Weights = "last"
+    """Of a run: those of the newest checkpoint, of the best evaluation, or the averaged ones."""
+    picture: Path | None = None
+    """A photograph for the last check, the pipeline; scikit-learn's bundled one unless given."""
+    code: tyro.conf.FlagCreatePairsOff[bool] = False
+    """With --target hf_mae: put flat modelling files beside the weights, for people without this package."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace a folder that holds something else."""
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """Write stock files and prove them equal."""
+    given = tyro.cli(
+        ExportArguments,
+        prog="hf-mae export",
+        description="Write a model as a stock class of transformers, as timm or as ONNX; compare it, in float64 and "
+        "float32, in a process without this package; run the pipeline on a picture.",
+        args=list(arguments),
+    )
+    from hf_mae.exporting.write import export
+
+    out = export(
+        given.model,
+        given.out,
+        given.target,
+        weights=given.weights,
+        picture=given.picture,
+        code=given.code,
+        overwrite=given.overwrite,
+        say=_say,
+    )
+    _say(f"{out}")
+
+
+@dataclass(frozen=True)
+class CardArguments:
+    """What `hf-mae card` takes."""
+
+    export: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="EXPORT")]
+    """A folder that `hf-mae export` wrote."""
+    repository: Repository
+    """The id it is going to have; the usage lines name it."""
+    run: Path | None = None
+    """The run folder with the records; found when the export lies in RUN/export."""
+    evaluations: tuple[Path, ...] = ()
+    """Folders or files written by `hf-mae evaluate --out`."""
+    card: Annotated[CardOptions, tyro.conf.arg(name="")] = field(default_factory=CardOptions)
+
+
+def card_command(arguments: Sequence[str]) -> None:
+    """Write the model card of an export, and judge it."""
+    given = tyro.cli(
+        CardArguments,
+        prog="hf-mae card",
+        description="Write the model card of an export from the records of its run, and check it as the Hub would. "
+        "`hf-mae publish` does this too; here nothing leaves the machine.",
+        args=list(arguments),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    from hf_mae.cards.validate import validate_card
+    from hf_mae.cards.write import write_card
+
+    path = write_card(given.export, given.repository, given.card, run=given.run, evaluations=given.evaluations)
+    files = [f.relative_to(given.export).as_posix() for f in given.export.rglob("*") if f.is_file()]
+    if problems := validate_card(path.read_text(), files=files):
+        raise ValueError(f"{path}: " + "; ".join(problems))
+    _say(f"{path}")
+
+
+@dataclass(frozen=True)
+class PublishArguments:
+    """What `hf-mae publish` takes."""
+
+    source: Run
+    """A run folder, a folder that `hf-mae export` wrote, or a model folder."""
+    repository: Repository
+    """Where it goes; made if need be."""
+    target: Target = "auto"
+    """As for `hf-mae export`."""
+    weights: Weights = "last"
+    """As for `hf-mae export`."""
+    private: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Make a new repository private."""
+    create_pr: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Open a pull request rather than commit to the branch."""
+    revision: str | None = None
+    """A branch, made if need be; main unless given."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Do everything but write to the Hub: export, card, checks, the list of files, the verdict."""
+    checkpoint: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Add the newest checkpoint with optimizer and data state, so that `hf-mae pull` continues elsewhere."""
+    code: tyro.conf.FlagCreatePairsOff[bool] = False
+    """As for `hf-mae export`."""
+    evaluations: tuple[Path, ...] = ()
+    """Folders or files written by `hf-mae evaluate --out`, for the card's results."""
+    message: str | None = None
+    """Of the commit."""
+    card: Annotated[CardOptions, tyro.conf.arg(name="")] = field(default_factory=CardOptions)
+
+
+def publish_command(arguments: Sequence[str]) -> None:
+    """Export, write the card, check, upload in one commit, read back."""
+    given = tyro.cli(
+        PublishArguments,
+        prog="hf-mae publish",
+        description="Put a run or an export on the Hub: stock files, a card made from the run's records, checks, one "
+        "commit, and a look at what arrived. Log in first with `hf auth login`.",
+        args=list(arguments),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    from hf_mae.hub.publish import publish
+
+    publish(
+        given.source,
+        given.repository,
+        target=given.target,
+        weights=given.weights,
+        private=given.private,
+        create_pr=given.create_pr,
+        revision=given.revision,
+        dry_run=given.dry_run,
+        checkpoint=given.checkpoint,
+        code=given.code,
+        card=given.card,
+        evaluations=given.evaluations,
+        message=given.message,
+        say=_say,
+    )
+
+
+def pull_command(arguments: Sequence[str]) -> None:
+    """Bring a published checkpoint here."""
+
+    def pull(repository: Repository, out: Out, revision: str | None = None) -> None:
+        """Make a run folder from a checkpoint that `hf-mae publish --checkpoint` put on the Hub.
+
+        Args:
+            repository: where it lies.
+            out: the run folder to make.
+            revision: branch, tag or commit.
+        """
+        from hf_mae.hub.pull import pull as bring
+
+        bring(repository, out, revision=revision, say=_say)
+
+    tyro.cli(pull, prog="hf-mae pull", args=list(arguments))
+
+
+@dataclass(frozen=True)
+class DemoArguments:
+    """What `hf-mae demo` takes."""
+
+    reconstruct: str | None = None
+    """A pretraining model with its decoder: a run folder, a model folder or a Hub id."""
+    classify: str | None = None
+    """A classifier: a run folder, a model folder or a Hub id; of ours, stock, or timm."""
+    examples: tuple[Path, ...] = ()
+    """Pictures to offer."""
+    port: int = 7860
+    """Of the page, on this machine only."""
+
+
+def demo_command(arguments: Sequence[str]) -> None:
+    """Show a model in the browser."""
+    given = tyro.cli(
+        DemoArguments,
+        prog="hf-mae demo",
+        description="Show a model in the browser, on this machine only; needs hf_mae[demo].",
+        args=list(arguments),
+    )
+    from hf_mae.demo.app import launch
+
+    launch(reconstruct=given.reconstruct, classify=given.classify, examples=given.examples, port=given.port, say=_say)
+
+
+@dataclass(frozen=True)
+class SpaceArguments:
+    """What `hf-mae space` takes."""
+
+    out: Out
+    """The folder to write."""
+    reconstruct: str | None = None
+    """Hub id of a pretraining model with its decoder."""
+    classify: str | None = None
+    """Hub id of a classifier."""
+    title: str | None = None
+    """Of the page; made of the model's names unless given."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace a folder that this command wrote."""
+
+
+def space_command(arguments: Sequence[str]) -> None:
+    """Write a Space."""
+    given = tyro.cli(
+        SpaceArguments,
+        prog="hf-mae space",
+        description="Write a Hugging Face Space, the page of `hf-mae demo` for published models. Upload it with "
+        "`hf upload ORG/NAME OUT --repo-type space`.",
+        args=list(arguments),
+    )
+    from hf_mae.demo.space import write_space
+
+    out = write_space(
+        given.out,
+        reconstruct=given.reconstruct,
+        classify=given.classify,
+        title=given.title,
+        overwrite=given.overwrite,
+    )
+    _say(f"{out}: upload it with `hf upload ORG/NAME {out} --repo-type space`")

@@ -18,6 +18,8 @@ With xet=False (the default) set HF_HUB_DISABLE_XET=1, as env() does: an upload 
 What is not here: git over HTTP, Spaces runtime, dataset viewer exports, the CAS over HTTP.
 
 Faults: hub.fault("PUT", r"/_store/", status=503, times=2); hub.fault("GET", r"/_store/", cut=1_000_000)
+        hub.fault("POST", r"/commit/", lost=True): done, but the answer never arrives
+        hub.down(); hub.up(): an outage, then the same ports again
 Log:    hub.log is a list of dicts, one a request, in the order answered.
 """
 
@@ -164,6 +166,7 @@ class HubServer:
         self._tmp = None if root else tempfile.TemporaryDirectory(prefix="hub-")
         self.root = Path(root or self._tmp.name)
         self.lock, self.uploads, self.on_commit = threading.RLock(), {}, []
+        self.is_down = False
         self.store_srv = self._listen(0, StoreHandler)
         self.hub_srv = self._listen(port, HubHandler)
         self.url = f"http://127.0.0.1:{self.hub_srv.server_port}"
@@ -186,9 +189,21 @@ class HubServer:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
 
-    def close(self):
+    def down(self):
+        """An outage: both ports refuse connections, and connections that clients kept open are cut at the next use."""
+        self.is_down = True
         for srv in (self.hub_srv, self.store_srv):
             srv.shutdown(), srv.server_close()
+
+    def up(self):
+        """The end of an outage: the same ports, with all that was there."""
+        self.store_srv = self._listen(self.store_srv.server_port, StoreHandler)
+        self.hub_srv = self._listen(self.hub_srv.server_port, HubHandler)
+        self.is_down = False
+
+    def close(self):
+        if not self.is_down:
+            self.down()
         if self._tmp:
             self._tmp.cleanup()
 
@@ -198,8 +213,24 @@ class HubServer:
     def __exit__(self, *a):
         return self.close()
 
-    def fault(self, method, pattern, *, status=None, times=1, headers=None, body=None, cut=None, delay=0.0, skip=0):
-        """The next `times` matching requests (after `skip`) get `status`, or their body is cut after `cut` bytes."""
+    def fault(
+        self,
+        method,
+        pattern,
+        *,
+        status=None,
+        times=1,
+        headers=None,
+        body=None,
+        cut=None,
+        lost=False,
+        delay=0.0,
+        skip=0,
+    ):
+        """The next `times` matching requests (after `skip`) get `status`, or their body is cut after `cut` bytes.
+
+        With `lost` the request is carried out, and the connection closed in place of an answer.
+        """
         f = {
             "method": method,
             "re": re.compile(pattern),
@@ -208,6 +239,7 @@ class HubServer:
             "headers": headers or {},
             "body": body,
             "cut": cut,
+            "lost": lost,
             "delay": delay,
             "skip": skip,
             "hits": 0,
@@ -504,7 +536,10 @@ class Handler(BaseHTTPRequestHandler):
         self._body, self.status, t0 = None, 0, time.time()
         u = urlsplit(self.path)
         self.q = {k: v[-1] for k, v in parse_qs(u.query, keep_blank_values=True).items()}
-        self.url_path, self.cut = u.path, None
+        self.url_path, self.cut, self.lost = u.path, None, False
+        if self.hub.is_down:  # on a connection from before the outage
+            self.close_connection = True
+            return self.connection.shutdown(2)
         fault = self.hub.take_fault(self.command, self.path)
         try:
             if fault and fault["delay"]:
@@ -512,7 +547,8 @@ class Handler(BaseHTTPRequestHandler):
             if fault and fault["status"]:
                 self.body()
                 raise HubError(fault["status"], "injected", headers=fault["headers"], body=fault["body"])
-            self.cut = fault["cut"] if fault else None
+            if fault:
+                self.cut, self.lost = fault["cut"], fault["lost"]
             if self.cut is not None and self.command in ("PUT", "POST"):
                 self.rfile.read(min(self.cut, int(self.headers.get("Content-Length") or 0)))
                 self.close_connection = True
@@ -562,6 +598,9 @@ class Handler(BaseHTTPRequestHandler):
             if isinstance(obj, bytes)
             else (obj.encode() if isinstance(obj, str) else json.dumps(obj).encode())
         )
+        if self.lost:
+            self.status, self.close_connection = status, True
+            return self.connection.shutdown(2)
         self.start(status, len(data), ctype, headers)
         if self.command != "HEAD":
             self.wfile.write(data)
@@ -598,7 +637,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.wfile.flush()
         left = end - start + 1
         if isinstance(src, bytes):
-            self.wfile.write(src[start : end + 1])
+            self.wfile.write(src[start : end + 1][: self.cut])
+            if self.cut is not None and self.cut < left:
+                self.wfile.flush()
+                self.close_connection = True
+                return self.connection.shutdown(2)
         else:
             with open(src, "rb") as f:
                 f.seek(start)

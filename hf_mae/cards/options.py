@@ -13,6 +13,10 @@ class CardOptions:
     license: str | None = None
     """Licence of the weights as the Hub writes it (`apache-2.0`, `cc-by-nc-4.0`, `other`). None takes that of the
     weights they derive from; weights under non-commercial terms keep them."""
+    license_name: str | None = None
+    """Of `license=other`: the name of the licence."""
+    license_link: str | None = None
+    """Of `license=other`: the address of its text."""
     data_license: str | None = None
     """Terms of the training images, in words or as a Hub name."""
     datasets: tuple[str, ...] = ()

@@ -150,6 +150,10 @@ def front_matter(text: str):
     return yaml.safe_load(m.group(1)) if m else None
 
 
+class Listener(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 128  # with the default of 5, threads that come at once wait a second
+
+
 class HubServer:
     """The state, and two listeners. Every argument is a knob a test may want."""
 
@@ -173,8 +177,8 @@ class HubServer:
         self.store_url = f"http://127.0.0.1:{self.store_srv.server_port}"
 
     def _listen(self, port, handler):
-        srv = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        srv.daemon_threads, srv.hub = True, self
+        srv = Listener(("127.0.0.1", port), handler)
+        srv.hub = self
         threading.Thread(target=srv.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return srv
 

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
@@ -26,6 +28,7 @@ from hf_mae.data.loader import Loader, check_state, loader_state, steps_per_epoc
 from hf_mae.data.order import Order, choose_lanes_and_window
 from hf_mae.data.sources import Source, open_source
 from hf_mae.data.stream import images_per_epoch
+from hf_mae.patience import is_passing, patient
 from hf_mae.recipes.base import Recipe, to_dict
 from hf_mae.recipes.checks import choose_micro_batch
 from hf_mae.training.best import bring_best
@@ -376,7 +379,9 @@ def model_folder(name: str, *, field: str) -> Path | str:
             f"(ORG/NAME){first}"
         )
     try:
-        cached_file(name, "config.json")
+        patient(f"opening {name} on the Hub", lambda: cached_file(name, "config.json"))
+        # So that it is there should the Hub not answer later: the stock loader of processors does not wait.
+        patient(f"opening {name} on the Hub", lambda: _cache_processor(name))
     except OSError as error:
         why = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
@@ -384,6 +389,14 @@ def model_folder(name: str, *, field: str) -> Path | str:
             "and the network, and log in with `hf auth login` if it is private"
         ) from error
     return name
+
+
+def _cache_processor(name: str) -> None:
+    try:
+        hf_hub_download(name, "preprocessor_config.json")
+    except EntryNotFoundError as error:  # not every model has one
+        if is_passing(error):  # it may have one
+            raise
 
 
 def progress(batches: Any, accelerator: Accelerator) -> Any:

@@ -30,9 +30,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub.errors import HfHubHTTPError
 
 from hf_mae.data.order import Ints
+from hf_mae.patience import HTTP_ERROR, GaveUpError, is_passing, one_line, patient, status_of
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -42,10 +42,9 @@ T = TypeVar("T")
 REMOTE_CHUNK_BYTES = 32 * 2**20
 REMOTE_CHUNK_ROWS = 1024
 
-# The base of all errors of the HTTP client that huggingface_hub was built on (httpx or httpx2).
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-
-RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0)
+# Four minutes in all, and the client's own patience of up to 23 s in each try: an outage of the Hub mostly ends sooner,
+# and a run that waits costs less than one that has to be started again.
+RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0)
 LOCAL_RETRY_SECONDS = (0.1, 0.5, 2.0)
 
 # A machine short of something, or a network file system with hiccups: the next try may succeed.
@@ -349,26 +348,45 @@ def column_labels(column: pa.ChunkedArray) -> Ints:
 
 
 def retry(action: Callable[[], T], what: str) -> T:
-    """Call `action` until the network lets it through, five times in all; a new call signs its addresses anew.
+    """Call `action` until the network lets it through, for minutes; a new call signs its addresses anew.
+
+    Each wait is told in a line on standard error.
 
     Raises:
-        RuntimeError: it failed five times, or the server says that the file is not there; names `what`.
+        RuntimeError: it never got through, or the server says that the file is not there; names `what`.
     """
-    for pause in (*RETRY_SECONDS, None):
+
+    def attempt() -> T:
         try:
             return action()
         except pa.ArrowMemoryError:
             raise
-        except (OSError, HTTP_ERROR, pa.ArrowException) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            gone = isinstance(error, FileNotFoundError) or status in (401, 404, 410)
-            if gone or pause is None:
-                raise RuntimeError(
-                    f"could not read {what}: {one_line(error)}; check the network and access to the data set, then "
-                    "start again: the run continues from its last checkpoint"
-                ) from error
-        time.sleep(pause)
-    raise AssertionError
+        except pa.ArrowException as error:  # what arrived is cut short, or not what was asked for
+            raise _TornError(one_line(error)) from error
+
+    try:
+        return patient(
+            f"reading {what}", attempt, tries=len(RETRY_SECONDS) + 1, pauses=RETRY_SECONDS, passing=_may_come_back
+        )
+    except pa.ArrowMemoryError:
+        raise
+    except (OSError, HTTP_ERROR, GaveUpError) as error:
+        raise RuntimeError(
+            f"could not read {what}: {one_line(error)}; check the network and access to the data set, then "
+            "start again: the run continues from its last checkpoint"
+        ) from error
+
+
+class _TornError(OSError):
+    """A remote read gave bytes that are not Parquet."""
+
+
+def _may_come_back(error: BaseException) -> bool:
+    """Say whether a remote read is worth another try: all but a file that is gone; 403 may be an expired signature."""
+    if is_passing(error):
+        return True
+    gone = isinstance(error, FileNotFoundError) or status_of(error) in (401, 404, 410)
+    return isinstance(error, (OSError, HTTP_ERROR)) and not gone
 
 
 def read_local(action: Callable[[], T], path: str | Path) -> T:
@@ -391,8 +409,3 @@ def read_local(action: Callable[[], T], path: str | Path) -> T:
                 ) from error
         time.sleep(pause)
     raise AssertionError
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error as one short line, with its type."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -22,11 +22,12 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from hf_mae.data.formats import HTTP_ERROR, ParquetSource, Source, holds_bytes, type_name
+from hf_mae.data.formats import ParquetSource, Source, holds_bytes, type_name
 from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.parts import SPLIT_NAMES, alike, list_parts, open_part
 from hf_mae.data.rows import ArrowSource, DigitsSource, FolderSource
 from hf_mae.data.webdataset import TarSource
+from hf_mae.patience import HTTP_ERROR, GaveUpError, patient, status_of
 from hf_mae.recipes.base import Data
 
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values")
@@ -395,7 +396,7 @@ def _commit(repo: str, revision: str) -> str:
         return revision
     from huggingface_hub import HfApi
 
-    sha = HfApi().dataset_info(repo, revision=revision).sha
+    sha = patient(f"asking for the commit of {repo}", lambda: HfApi().dataset_info(repo, revision=revision).sha)
     assert sha is not None
     return sha
 
@@ -405,12 +406,15 @@ def _download(repo: str, revision: str, names: Sequence[str]) -> list[str]:
     from huggingface_hub import hf_hub_download
 
     def fetch(name: str) -> str:
-        return hf_hub_download(repo, name, repo_type="dataset", revision=revision)
+        return patient(
+            f"downloading {name} of {repo}",
+            lambda: hf_hub_download(repo, name, repo_type="dataset", revision=revision),
+        )
 
     try:
         with ThreadPoolExecutor(8, thread_name_prefix="download") as pool:
             return list(pool.map(fetch, names))
-    except (OSError, HTTP_ERROR) as error:
+    except (OSError, HTTP_ERROR, GaveUpError) as error:
         raise RuntimeError(
             f"could not download {repo} at {revision}: {_line(error)}; start again, what has arrived is kept"
         ) from error
@@ -429,7 +433,12 @@ def _builder(data: Data) -> Any:
     if not local and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path):
         raise ValueError(f"{named}: no such folder or file, and not the form of a Hub id{_nearby(path)}")
     try:
-        return load_dataset_builder(str(path) if local else data.path, name=data.name, revision=data.revision)
+        if local:
+            return load_dataset_builder(str(path), name=data.name, revision=data.revision)
+        return patient(
+            f"opening {data.path} on the Hub",
+            lambda: load_dataset_builder(data.path, name=data.name, revision=data.revision),
+        )
     except DatasetNotFoundError as error:
         if "gated" in str(error):
             raise ValueError(
@@ -441,9 +450,9 @@ def _builder(data: Data) -> Any:
         ) from error
     except FileNotFoundError as error:
         raise ValueError(f"{named} holds no data files ({_line(error)})") from error
-    except (OSError, HTTP_ERROR) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if local or (status is not None and status >= 500):
+    except (OSError, HTTP_ERROR, GaveUpError) as error:
+        status = status_of(error.__cause__ if isinstance(error, GaveUpError) and error.__cause__ else error)
+        if local or (status is not None and (status == 429 or status >= 500)):
             raise RuntimeError(f"{named} could not be opened: {_line(error)}; try again later") from error
         raise _UnreachableError(
             f"{named} is not a folder or file (looked for {path.absolute()}), and the Hub cannot be reached "
@@ -490,13 +499,16 @@ def _open_prepared(data: Data, wish: _Wish, revision: str | None, what: str) -> 
 
     local = Path(data.path).expanduser()
     try:
-        prepared = load_dataset(
-            str(local) if local.exists() else data.path,
-            data.name,
-            revision=revision,
-            download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS,
+        prepared = patient(
+            f"preparing {data.path}",
+            lambda: load_dataset(
+                str(local) if local.exists() else data.path,
+                data.name,
+                revision=revision,
+                download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS,
+            ),
         )
-    except (DatasetGenerationError, OSError, HTTP_ERROR, ValueError) as error:
+    except (DatasetGenerationError, OSError, HTTP_ERROR, GaveUpError, ValueError) as error:
         raise ValueError(f"data.path={data.path!r} could not be prepared: {_line(error)}") from error
     source = _arrow(prepared, data, wish)
     source.revision = revision

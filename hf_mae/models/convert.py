@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_mae.models.configuration_mae import MAEConfig, height_width
+from hf_mae.patience import patient
 from hf_mae.recipes.base import VIT_SIZES
 
 # Module paths of transformers 4.x, of 5.x, and of what 5.23 saves for the decoder ("decoder_encoder"), to ours.
@@ -203,7 +204,11 @@ def load_folder(name: str | os.PathLike[str], *, subfolder: str = "", **hub: Any
     folder = Path(name)
     if not folder.is_dir():
         patterns = [f"{subfolder}/model*.safetensors" if subfolder else "model*.safetensors"]
-        folder = Path(snapshot_download(str(name), allow_patterns=patterns, **hub))
+        folder = Path(
+            patient(
+                f"loading {name} from the Hub", lambda: snapshot_download(str(name), allow_patterns=patterns, **hub)
+            )
+        )
     folder /= subfolder
     whole = folder / "model.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))

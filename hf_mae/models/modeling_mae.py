@@ -30,6 +30,7 @@ from hf_mae.models.layers import Block, Mlp, PatchEmbed
 from hf_mae.models.masking import Masking, count_kept, mask_from_noise, mask_noise, num_uniforms
 from hf_mae.models.pos_embed import Interpolation, positions_for, sincos_pos_embed
 from hf_mae.models.targets import make_target, patchify, unpatchify
+from hf_mae.patience import patient
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -316,8 +317,20 @@ class MAEPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: weights are missing or unexpected (the decoder may be left unread by an encoder), the folder
                 describes another architecture, or the path is a single file.
+            RuntimeError: the Hub did not answer in several tries.
         """
         name = pretrained_model_name_or_path
+        if name is None or os.path.exists(name):
+            return cls._load(name, *model_args, output_loading_info=output_loading_info, **kwargs)
+        return patient(
+            f"loading {name} from the Hub",
+            lambda: cls._load(name, *model_args, output_loading_info=output_loading_info, **kwargs),
+        )
+
+    @classmethod
+    def _load(
+        cls, name: str | os.PathLike[str] | None, *model_args: Any, output_loading_info: bool, **kwargs: Any
+    ) -> Any:
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors=False would read pickled weights; leave it out, or use from_official.")
         if name is not None and os.path.isfile(name):

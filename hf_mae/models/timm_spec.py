@@ -10,6 +10,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,6 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from hf_mae.patience import patient
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ def _files(name: str) -> tuple[Path, Path]:
     paths: list[Path] = []
     for file in ("config.json", "model.safetensors"):
         try:
-            paths.append(Path(hf_hub_download(repo, file, revision=revision or None)))
+            what = f"loading {file} of {repo} from the Hub"
+            path = patient(what, partial(hf_hub_download, repo, file, revision=revision or None))
+            paths.append(Path(path))
         except (HfHubHTTPError, OSError) as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise ValueError(

@@ -1,0 +1,242 @@
+"""Waiting for the Hub: which errors pass by themselves, how long they are waited for, and what the others mean.
+
+The stock client waits in some calls and gives up at once in others (a GET of a file that answers 503, model_info that
+answers 429, the POST of a commit), and the libraries above it wrap the reason in errors of their own. `patient` looks
+through the wrapping and calls again; `explain` turns what is left into one sentence with a remedy.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+T = TypeVar("T")
+
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""The base of all errors of the HTTP client that huggingface_hub was built on (httpx or httpx2)."""
+
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""Seconds between two tries; the last goes on for ever."""
+
+LONGEST_PAUSE = 330.0
+"""Seconds: what a server asks for is kept up to here. The Hub counts requests in windows of five minutes."""
+
+_TRANSPORT: type[Exception] = vars(sys.modules[HTTP_ERROR.__module__])["TransportError"]
+_PASSING_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in ("ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE", "ETIMEDOUT", "ENETUNREACH", "EHOSTUNREACH")
+)
+_log = logging.getLogger("hf_mae.patience")
+
+
+class GaveUpError(RuntimeError):
+    """The network did not let something through, however often it was tried. Never tried again by another `patient`."""
+
+
+def patient(
+    what: str,
+    call: Callable[[], T],
+    *,
+    tries: int = 6,
+    say: Callable[[str], None] | None = None,
+    pauses: Sequence[float] | None = None,
+    passing: Callable[[BaseException], bool] | None = None,
+) -> T:
+    """Call until the network lets it through: after 429, 5xx, a cut connection or a timeout; any other error at once.
+
+    Args:
+        what: what is being done, for messages: `reading config.json of org/x`.
+        call: is called again from its beginning, so it must not leave anything half-done.
+        tries: calls in all; with 6 and the default pauses, 31 s of waiting.
+        say: takes one line for each wait; None logs a warning, which Python prints to standard error.
+        pauses: seconds between two tries, None for `PAUSES`; a server's `Retry-After` or `RateLimit` comes first.
+        passing: decides which errors are worth another try; None for `is_passing`.
+
+    Raises:
+        GaveUpError: a RuntimeError: it never got through; says how long was tried, and what to do.
+    """
+    pauses, passing = PAUSES if pauses is None else pauses, passing or is_passing
+    began = time.monotonic()
+    for n in range(1, tries + 1):
+        try:
+            return call()
+        except (OSError, HTTP_ERROR, RuntimeError, ValueError) as error:
+            if isinstance(error, GaveUpError) or not passing(error):
+                raise
+            if n == tries:
+                raise GaveUpError(
+                    f"{what} failed {tries} times in {time.monotonic() - began:.0f} s: {one_line(error)}; check the "
+                    "network (https://status.huggingface.co tells of outages of the Hub), then run the same command "
+                    "again"
+                ) from error
+            asked = _asked_for(error)
+            pause = pauses[min(n, len(pauses)) - 1] if asked is None else asked
+            (say or _log.warning)(f"{what}: {one_line(error)}; trying again in {pause:.0f} s ({n} of {tries} tries)")
+        time.sleep(pause)
+    raise AssertionError("tries is at least 1")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Say whether an error, or what it was raised from, goes away by itself: 429, 5xx, no answer, a cut, a timeout."""
+    for one in _chain(error):
+        if isinstance(one, (OfflineModeIsEnabled, GaveUpError)):
+            return False
+        if (status := status_of(one)) is not None:
+            return status == 429 or status >= 500
+        if isinstance(one, (_TRANSPORT, TimeoutError, ConnectionError)):
+            return True
+        if isinstance(one, OSError) and one.errno in _PASSING_ERRNOS:
+            return True
+        # Another thread lost its connection, and the library closed the client that all threads share.
+        if isinstance(one, RuntimeError) and "client has been closed" in str(one):
+            return True
+    return False
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status of an error, None if no server answered."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error that says something, without tokens."""
+    told = next((one for one in _chain(error) if status_of(one) is not None or isinstance(one, _TRANSPORT)), error)
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    if status_of(told) == 429:
+        lines = [line for line in lines if not line.startswith("Url:")][:1]
+    return hide_tokens(f"{type(told).__name__}: {' '.join(lines)}"[:300])
+
+
+def hide_tokens(text: str) -> str:
+    """Return a text without this machine's token, nor anything that looks like one."""
+    if token := get_token():
+        text = text.replace(token, "hf_***")
+    return re.sub(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )\S+", "hf_***", text)
+
+
+def explain(error: BaseException, *, repo_id: str, what: str) -> ValueError | RuntimeError:
+    """Return what an error of the Hub's client means to a user, in one sentence with the remedy.
+
+    Args:
+        error: what was caught.
+        repo_id: the repository that was meant.
+        what: what was being done: `publishing org/x`.
+
+    Returns:
+        ValueError for what the user can change (token, name, access), RuntimeError for what the run met.
+    """
+    chain = list(_chain(error))
+    status = next((status for one in chain if (status := status_of(one)) is not None), None)
+
+    def met(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(one, kinds) for one in chain)
+
+    if met(OfflineModeIsEnabled):
+        return RuntimeError(f"{what} needs the network, and offline mode is on; unset HF_HUB_OFFLINE")
+    if met(LocalTokenNotFoundError):
+        return ValueError(f"{what} needs a token and there is none; log in with `hf auth login` or set HF_TOKEN")
+    if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in chain):
+        return RuntimeError(
+            f"{what}: the disk is full; free some space (`hf cache rm` clears the Hub's cache, HF_HOME moves it), then "
+            "run the same command again"
+        )
+    if met(HFValidationError):
+        return ValueError(f"{what}: {repo_id!r} is not a repository name ({one_line(error)}); write it as ORG/NAME")
+    if met(GatedRepoError):
+        return ValueError(
+            f"{what}: {repo_id} is gated; accept its conditions on its page on the Hub, then log in with "
+            "`hf auth login` as the user who was let in"
+        )
+    if met(DisabledRepoError):
+        return ValueError(f"{what}: the Hub has disabled {repo_id}; its page says why")
+    if met(RevisionNotFoundError):
+        return ValueError(f"{what}: {repo_id} has no such revision; its branches and tags are listed on its page")
+    if met(RepositoryNotFoundError):
+        return ValueError(
+            f"{what}: there is no repository {repo_id} that this token may see; check the spelling, and log in with "
+            "`hf auth login` as a user with access if it is private"
+        )
+    if status == 401:
+        return ValueError(
+            f"{what}: the Hub does not know this token; log in anew with `hf auth login`, or mend HF_TOKEN"
+        )
+    if status == 403:
+        return ValueError(
+            f"{what}: the token may not do this in {repo_id} ({_told(chain)}); use a token with the role write of a "
+            "member of the organisation, or propose it with --create-pr"
+        )
+    if status in (409, 412):
+        return RuntimeError(
+            f"{what}: {repo_id} was changed by someone else in the meantime ({status}); nothing of yours was written; "
+            "look at what is there now, then run the same command again"
+        )
+    if status == 429:
+        return RuntimeError(
+            f"{what}: the Hub asks for fewer requests ({one_line(error)}); wait five minutes, then run the same "
+            "command again; a token (`hf auth login`) has a higher limit"
+        )
+    if met(LocalEntryNotFoundError) and status is None:
+        return RuntimeError(f"{what}: the Hub cannot be reached and the file is not in the cache; check the network")
+    if met(EntryNotFoundError):
+        return ValueError(f"{what}: {repo_id} does not hold that file ({one_line(error)}); look at its list of files")
+    if status is not None and status < 500:
+        return ValueError(f"{what}: the Hub refused it for {repo_id} ({status}: {_told(chain)})")
+    return RuntimeError(
+        f"{what}: {one_line(error)}; check the network (https://status.huggingface.co tells of outages), then run the "
+        "same command again"
+    )
+
+
+def _told(chain: Sequence[BaseException]) -> str:
+    """Return what the server said in its own words."""
+    for one in chain:
+        response: Any = getattr(one, "response", None)
+        if response is not None and (message := response.headers.get("X-Error-Message")):
+            return hide_tokens(message)
+    return one_line(chain[0])
+
+
+def _asked_for(error: BaseException) -> float | None:
+    """Return the seconds that the server asked to wait, one more than it said because it rounds."""
+    for one in _chain(error):
+        response: Any = getattr(one, "response", None)
+        if response is None:
+            continue
+        asked = response.headers.get("Retry-After", "")
+        if asked.isdigit():
+            return min(float(asked) + 1, LONGEST_PAUSE)
+        # RateLimit: "api";r=0;t=42 says that no request is left for 42 s.
+        left = dict(re.findall(r";\s*(\w)=(\d+)", response.headers.get("RateLimit", "")))
+        if left.get("r") == "0" and "t" in left:
+            return min(float(left["t"]) + 1, LONGEST_PAUSE)
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from, the outermost first."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        one = one.__cause__ or one.__context__

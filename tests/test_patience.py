@@ -1,0 +1,172 @@
+"""Waiting for the Hub: what passes by itself, how long it is waited for, and what the rest means to a user."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_mae import patience
+from hf_mae.patience import GaveUpError, explain, patient
+
+HTTP = __import__(patience.HTTP_ERROR.__module__)
+
+
+def answer(status: int, kind=HfHubHTTPError, **headers: str):
+    request = HTTP.Request("GET", "http://127.0.0.1/api/models/org/x")
+    return kind(f"{status} for url", response=HTTP.Response(status, headers=headers, request=request))
+
+
+def wrapped(error: BaseException) -> OSError:
+    """As transformers does it: an OSError without a response, raised from the reason."""
+    try:
+        try:
+            raise error
+        except type(error) as reason:
+            raise OSError("We couldn't connect to 'https://huggingface.co' to load the files") from reason
+    except OSError as outer:
+        return outer
+
+
+@pytest.fixture
+def slept(monkeypatch) -> list[float]:
+    pauses: list[float] = []
+    monkeypatch.setattr(patience.time, "sleep", pauses.append)
+    return pauses
+
+
+def failing(*errors: BaseException):
+    """A call that raises these in turn, then returns `done`."""
+    left = list(errors)
+
+    def call() -> str:
+        if left:
+            raise left.pop(0)
+        return "done"
+
+    return call
+
+
+PASSING = {
+    "429": answer(429),
+    "503": answer(503),
+    "500": answer(500),
+    "refused": HTTP.ConnectError("Connection refused"),
+    "cut": HTTP.RemoteProtocolError("peer closed connection"),
+    "timeout": HTTP.ReadTimeout("timed out"),
+    "of the system": OSError(errno.ECONNRESET, "Connection reset by peer"),
+    "shared client closed by another thread": RuntimeError("Cannot send a request, as the client has been closed."),
+    "wrapped by transformers": wrapped(answer(503)),
+}
+LASTING = {
+    "401": answer(401),
+    "403": answer(403),
+    "404": answer(404, RepositoryNotFoundError),
+    "412": answer(412),
+    "offline": wrapped(OfflineModeIsEnabled("offline")),
+    "no file": FileNotFoundError("nothing here"),
+    "a value": ValueError("wrong"),
+    "disk": OSError(errno.ENOSPC, "No space left on device"),
+    "given up before": GaveUpError("gave up"),
+}
+
+
+@pytest.mark.parametrize("error", PASSING.values(), ids=PASSING.keys())
+def test_what_passes_is_tried_again(error, slept):
+    said: list[str] = []
+    assert patient("reading x", failing(error, error), say=said.append) == "done"
+    assert slept == [1, 2]
+    assert len(said) == 2
+    assert "reading x: " in said[0]
+    assert "trying again in 1 s (1 of 6 tries)" in said[0]
+
+
+@pytest.mark.parametrize("error", LASTING.values(), ids=LASTING.keys())
+def test_what_does_not_pass_is_raised_at_once(error, slept):
+    with pytest.raises(type(error)) as caught:
+        patient("reading x", failing(error))
+    assert caught.value is error
+    assert slept == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "pause"),
+    [
+        ({"Retry-After": "7"}, 8),
+        ({"RateLimit": '"api";r=0;t=41'}, 42),
+        ({"RateLimit": '"api";r=12;t=41'}, 1),
+        ({"Retry-After": "86400"}, patience.LONGEST_PAUSE),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, 1),
+    ],
+)
+def test_the_pause_is_the_one_the_server_asks_for(headers, pause, slept):
+    patient("x", failing(answer(429, **headers)), say=[].append)
+    assert slept == [pause]
+
+
+def test_it_gives_up_with_what_was_tried_and_a_remedy_and_no_outer_call_tries_again(slept):
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(1)
+        raise answer(503)
+
+    with pytest.raises(GaveUpError, match=r"reading x failed 3 times in \d+ s: HfHubHTTPError: 503.*run the same"):
+        patient("outside", lambda: patient("reading x", call, tries=3, say=[].append), say=[].append)
+    assert len(calls) == 3
+    assert slept == [1, 2]
+
+
+def test_each_wait_is_a_line_on_standard_error_without_a_listener(slept, caplog):
+    patient("reading x", failing(answer(503)))
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "reading x: HfHubHTTPError: 503" in caplog.text
+
+
+def test_no_line_tells_a_token(monkeypatch, slept):
+    monkeypatch.setenv("HF_TOKEN", "hf_alice_write")
+    said: list[str] = []
+    error = HTTP.ConnectError("Bearer abc sent hf_alice_write and hf_" + "A" * 34)
+    patient("x", failing(error), say=said.append)
+    assert "alice" not in said[0]
+    assert "abc" not in said[0]
+    assert "AAAA" not in said[0]
+    assert "alice" not in str(explain(error, repo_id="org/x", what="publishing"))
+
+
+MEANINGS = [
+    (answer(401), ValueError, "does not know this token; log in anew"),
+    (answer(403, **{"X-Error-Message": "you must use a write token"}), ValueError, "you must use a write token.*role"),
+    (answer(403, GatedRepoError), ValueError, "gated; accept its conditions"),
+    (answer(404, RepositoryNotFoundError), ValueError, "no repository org/x that this token may see"),
+    (answer(404, RevisionNotFoundError), ValueError, "no such revision"),
+    (answer(409), RuntimeError, "changed by someone else"),
+    (answer(412), RuntimeError, "changed by someone else.*nothing of yours was written.*run the same command again"),
+    (answer(429), RuntimeError, "fewer requests.*wait five minutes"),
+    (answer(503), RuntimeError, "503.*check the network"),
+    (answer(400, **{"X-Error-Message": "bad card"}), ValueError, "400: bad card"),
+    (OfflineModeIsEnabled("x"), RuntimeError, "unset HF_HUB_OFFLINE"),
+    (HTTP.ConnectError("refused"), RuntimeError, "ConnectError: refused; check the network"),
+    (LocalTokenNotFoundError("x"), ValueError, "there is none; log in"),
+    (LocalEntryNotFoundError("x"), RuntimeError, "cannot be reached and the file is not in the cache"),
+    (OSError(errno.ENOSPC, "No space left on device"), RuntimeError, "disk is full; free some space"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "words"), MEANINGS, ids=[m[2][:24] for m in MEANINGS])
+def test_an_error_is_explained_in_one_sentence_with_a_remedy(error, kind, words):
+    for one in (error, wrapped(error)):
+        found = explain(one, repo_id="org/x", what="publishing org/x")
+        assert type(found) is kind
+        assert "\n" not in str(found)
+        with pytest.raises(kind, match=f"^publishing org/x.*{words}"):
+            raise found

@@ -6,17 +6,21 @@ imported. What is not installed skips with its name; with CI=true it fails, so t
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 
 from tests.hub.server import HubServer
 
@@ -41,6 +45,23 @@ def clean_environment(hub: HubServer, home: Path, token: str = "hf_alice_write")
     }
     quiet = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     return kept | hub.env(str(home), token) | local | quiet
+
+
+@contextmanager
+def serving(argv: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[str]:
+    """A server in a process of its own, which prints its address first; its errors go to `log`."""
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            argv, env=dict(env), stdout=subprocess.PIPE, stderr=errors, text=True, cwd=log.parent
+        )
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert address.startswith("http://127.0.0.1:"), log.read_text()[-3000:]
+            yield address
+        finally:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +99,62 @@ def run_client(tmp_path_factory) -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="module")
+def classifier(hub: HubServer, run_client, tmp_path_factory) -> str:
+    """`org/flowers` on `hub`: a tiny classifier of a stock class, random but decided, with a card."""
+    from safetensors.torch import load_file, save_file
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    folder = tmp_path_factory.mktemp("flowers")
+    names = dict(enumerate(["red lily", "tulip", "sunflower", "daisy", "rose", "pagoda", "bridge"]))
+    config = ViTConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        ViTForImageClassification(config).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.weight"] *= 15  # or all scores are 1/7
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    card = {"license": "mit", "library_name": "transformers", "pipeline_tag": "image-classification", "tags": ["mae"]}
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in card.items())
+    (folder / "README.md").write_text(f"---\n{lines}---\n# Flowers\n")
+    upload = "import sys, huggingface_hub as h; a = h.HfApi(); a.create_repo(sys.argv[1])\n"
+    upload += "a.upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2])"
+    env = clean_environment(hub, tmp_path_factory.mktemp("hf_home"))
+    run_client([sys.executable, "-I", "-c", upload, "org/flowers", str(folder)], env)
+    return "org/flowers"
+
+
+@pytest.fixture(scope="module")
+def inference(hub: HubServer, classifier: str, tmp_path_factory) -> Iterator[str]:
+    """The address of a serverless inference API that serves `classifier`."""
+    if find_spec("api_inference_community") is None:
+        absent("needs pip install api-inference-community")
+    folder = tmp_path_factory.mktemp("inference")
+    env = clean_environment(hub, folder / "hf_home") | {"TASK": "image-classification", "MODEL_ID": classifier}
+    app = Path(__file__).with_name("inference_app.py")
+    with serving([sys.executable, str(app)], env, folder / "errors.txt") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def scores(hub: HubServer, classifier: str, run_client, picture: Path, tmp_path_factory) -> list[dict]:
+    """What the stock pipeline answers for `classifier` on `picture`, all labels, best first."""
+    code = "import json, sys; from transformers import pipeline\n"
+    code += "print(json.dumps(pipeline('image-classification', sys.argv[1])(sys.argv[2], top_k=7)))"
+    env = clean_environment(hub, tmp_path_factory.mktemp("hf_home"))
+    return json.loads(run_client([sys.executable, "-I", "-c", code, classifier, str(picture)], env))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Checks of a card that need no network: what the Hub would refuse, what it would silently not use, and what is unfinished."""
+"""Checks of a card that need no network: what the Hub would refuse or silently ignore, and what is unfinished."""
 
 from __future__ import annotations
 
@@ -105,9 +105,8 @@ def _widget(data: dict[str, Any], files: set[str]) -> Iterator[str]:
             yield f"widget has {entry!r}, without src; give each example the path of a picture"
             continue
         if src.startswith("https://"):
-            inside = re.search(r"/(?:resolve|raw)/[^/]+/(.+)$", src)
-            name = str(data.get("model_name", ""))
-            if inside and name and f"/{name}/" in src and inside.group(1) not in files:
+            own = re.search(r"/resolve/[^/]+/(samples/.+)$", src)  # where `write_card` puts them
+            if own and own.group(1) not in files:
                 yield f"widget src={src} is not among the files"
         elif src not in files:
             yield f"widget src={src} is neither https nor among the files; add the picture or remove the example"

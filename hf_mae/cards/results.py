@@ -1,0 +1,169 @@
+"""What was measured of the exported weights, and of no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_mae.cards.facts import Fact, maybe
+from hf_mae.cards.records import Records
+
+METRICS = {
+    "top1": ("top-1 accuracy", "accuracy", "percent"),
+    "top5": ("top-5 accuracy", "top-5-accuracy", "percent"),
+    "real_top1": ("top-1 accuracy, ReaL labels", "accuracy", "percent"),
+    "mean_per_class_accuracy": ("mean accuracy of the classes", "mean-per-class-accuracy", "percent"),
+    "mce": ("mean corruption error", "mce", "short"),
+    "eval_loss": ("cross-entropy", "loss", "short"),
+    "ece": ("expected calibration error", "ece", "percent"),
+    "knn_accuracy": ("nearest neighbours on frozen features", "accuracy", "percent"),
+    "probe_accuracy": ("linear probe on frozen features, as a monitor", "accuracy", "percent"),
+    "knn_top1": ("nearest neighbours on frozen features", "accuracy", "percent"),
+    "logistic_top1": ("logistic regression on frozen features", "accuracy", "percent"),
+    "rankme": ("RankMe (effective rank of the features)", "rankme", "short"),
+    "loss": ("training loss, last logged", "loss", "short"),
+}
+"""By name in the records: in words, as the Hub's metric, and how it is printed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured number.
+
+    Attributes:
+        name: in the records.
+        label: in words.
+        metric: of the Hub.
+        value: the number.
+        data: name of the data set, without a path.
+        dataset_id: its Hub id, if it is there.
+        revision: of the data set, if known.
+        split: which part of it.
+        images: how many.
+        weights: which of the run's.
+        resolution: of the test pictures, where an evaluation chose its own.
+    """
+
+    name: str
+    label: str
+    metric: str
+    value: Fact
+    data: str
+    dataset_id: str | None
+    revision: str | None
+    split: str
+    images: Fact | None
+    weights: str
+    resolution: str = ""
+
+
+def measured(records: Records, data: str, dataset_id: str | None) -> list[Result]:
+    """Return every number that is on record for the exported weights.
+
+    Args:
+        records: of the export.
+        data: name of the training data set, in whose held-out part the run measured.
+        dataset_id: its Hub id, if it has one.
+    """
+    found: list[Result] = []
+    if records.recipe:
+        numbers, images = _of_run(records)
+        revision = (records.starts[-1]["data"].get("revision") if records.starts else None) if dataset_id else None
+        for value in numbers:
+            name = value.source.rsplit(" ", 1)[-1]
+            split = "training images" if name == "loss" else split_words(records.recipe)
+            count = None if name in ("loss", "rankme") else images
+            found.append(_result(name, value, data, dataset_id, revision, split, count, weights_words(records)))
+    for extra in records.evaluated:
+        file = f"evaluation {extra.name}/summary.json"
+        where = str(extra.summary.get("data", "")).rstrip("/").rsplit("/", 1)[-1] or extra.name
+        own = dataset_id is not None and extra.summary.get("data") == dataset_id
+        split = extra.summary.get("split") or extra.summary.get("splits") or "split not recorded"
+        size = maybe(extra.summary, "image_size", file)
+        shown = "x".join(map(str, size.value)) if size else ""
+        count = maybe(extra.summary, "numbers.examples", file, "count")
+        for name in METRICS:
+            value = maybe(extra.summary, f"numbers.{name}", file, METRICS[name][2])  # type: ignore[arg-type]
+            if value is not None:
+                row = _result(
+                    name, value, where, dataset_id if own else None, None, split, count, weights_words(records), shown
+                )
+                found.append(row)
+    return found
+
+
+def _result(
+    name: str,
+    value: Fact,
+    data: str,
+    dataset_id: str | None,
+    revision: str | None,
+    split: str,
+    images: Fact | None,
+    weights: str,
+    resolution: str = "",
+) -> Result:
+    label, metric, _ = METRICS[name]
+    return Result(name, label, metric, value, data, dataset_id, revision, split, images, weights, resolution)
+
+
+def _of_run(records: Records) -> tuple[list[Fact], Fact | None]:
+    """Return the numbers that the run measured of the exported weights, and on how many images."""
+    weights, step = records.source["weights"], records.source["step"]
+    block = "ema" if weights == "average" else "weights"
+    if weights == "best" and records.best:
+        block = "ema" if str(records.best["metric"]).startswith("ema_") else "weights"
+    prefix = "ema_" if block == "ema" else ""
+    images = maybe(records.evaluation, f"{block}.examples", "evaluation.json", "count")
+    whole = records.evaluation.get(block) or {}
+    if records.evaluation.get("step") == step and whole:
+        return _numbers(whole | {"eval_loss": whole.get("loss"), "loss": None}, f"evaluation.json: {block}", ""), images
+    if weights == "best" and records.best:
+        return _numbers(records.best["numbers"], "best/best.json: numbers", prefix), images
+    row: dict[str, Any] = {}
+    for other in records.rows:
+        if other["step"] == step:
+            row |= other
+    frozen = {k: v for k, v in (records.rows[0] if records.rows else {}).items() if k in ("knn_top1", "logistic_top1")}
+    return _numbers(frozen | row, f"metrics.jsonl: step {step}", prefix), images
+
+
+def _numbers(numbers: Mapping[str, Any], where: str, prefix: str) -> list[Fact]:
+    return [
+        Fact(numbers[prefix + name], f"{where}, {name}", style)  # type: ignore[arg-type]
+        for name, (_, _, style) in METRICS.items()
+        if numbers.get(prefix + name) is not None
+    ]
+
+
+def split_words(recipe: Mapping[str, Any]) -> str:
+    """Return which images the run measured on, as far as its recipe says."""
+    evals, data = recipe.get("evals", {}), recipe.get("data", {})
+    split = evals.get("split") or "held-out split (validation, else test)"
+    if data.get("splits"):
+        rule = str(data["splits"]).rsplit("/", 1)[-1] if str(data["splits"]).endswith(".json") else data["splits"]
+        return f"{split}, part of {rule}"
+    return str(split)
+
+
+def weights_words(records: Records) -> str:
+    """Return which of a run's weights were exported, in words."""
+    source = records.source
+    if not records.recipe:
+        return "as converted" if records.conversion else "as exported"
+    step = (
+        ""
+        if source.get("step") is None
+        else f", after {Fact(source['step'], 'export.json: source.step', 'count')} updates"
+    )
+    return {"last": "last", "best": "best on record", "average": "moving average"}[source["weights"]] + step
+
+
+def evaluations_before_best(records: Records) -> Fact | None:
+    """Return among how many evaluations the best weights were chosen, None for other weights."""
+    if records.source["weights"] != "best" or not records.best:
+        return None
+    name = str(records.best["metric"])
+    count = sum(1 for row in records.rows if row.get(name) is not None)
+    return Fact(count, f"metrics.jsonl: rows with {name}", "count") if count else None

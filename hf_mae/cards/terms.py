@@ -1,0 +1,180 @@
+"""Under which terms weights may be published, what they derive from, and what the Hub is told about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
+
+from hf_mae.cards.options import CardOptions
+from hf_mae.cards.records import OFFICIAL_LICENSE, Records, is_official
+from hf_mae.cards.results import Result
+from hf_mae.cards.vocabulary import LICENSES, is_hub_id, is_noncommercial
+
+NO_PIPELINE = frozenset({"ViTMAEForPreTraining", "MAEForPreTraining"})
+"""Classes without a task of the Hub: the stock pipeline masks and shuffles at random, so that its features are none."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The licence of the weights and where it comes from, in words."""
+
+    license: str
+    why: str
+
+
+def terms(records: Records, options: CardOptions) -> Terms:
+    """Return the licence that the weights are published under.
+
+    Raises:
+        ValueError: nobody says which, it is no name of the Hub, or non-commercial weights would become something else.
+    """
+    inherited: list[tuple[str, str]] = []
+    if given := records.conversion.get("license"):
+        inherited.append((given, "conversion.json"))
+    inherited += [(a.license, f"{a.name}: {a.license_source}") for a in records.ancestors if a.license]
+    if options.base_model and is_official(options.base_model):
+        inherited.append((OFFICIAL_LICENSE, f"{options.base_model}: the LICENSE of facebookresearch/mae"))
+    bound = next(((name, where) for name, where in inherited if is_noncommercial(name)), None)
+    chosen = options.license
+    if chosen is not None and chosen not in LICENSES:
+        raise ValueError(
+            f"license={chosen!r} is not one of the Hub's names; see huggingface.co/docs/hub/repositories-licenses, "
+            "and use other (with license_name) for one that is not there"
+        )
+    if chosen == "other" and not (options.license_name and options.license_link):
+        raise ValueError("license=other needs license_name and license_link; add --license-name and --license-link")
+    if bound is not None and chosen is not None and not is_noncommercial(chosen):
+        raise ValueError(
+            f"license={chosen} cannot be given to weights that derive from weights under {bound[0]} ({bound[1]}): "
+            f"non-commercial terms stay; leave --license out, or use {bound[0]}"
+        )
+    if chosen is not None:
+        return Terms(chosen, "stated by who publishes the weights")
+    if bound is not None:
+        return Terms(bound[0], f"of the weights these derive from ({bound[1]})")
+    if inherited:
+        return Terms(inherited[0][0], f"of the weights these derive from ({inherited[0][1]})")
+    if records.ancestors:
+        raise ValueError(
+            f"license is not known: the weights derive from {records.ancestors[0].name}, whose terms are on no record; "
+            "look them up and say --license NAME"
+        )
+    raise ValueError("license is not known: nothing records it; say --license NAME (such as apache-2.0)")
+
+
+def data_name(records: Records, options: CardOptions) -> tuple[str, str | None]:
+    """Return the name of the training data without a path, and its Hub id if it has one."""
+    if options.datasets:
+        return options.datasets[0].rsplit("/", 1)[-1], options.datasets[0]
+    path = str(records.recipe.get("data", {}).get("path") or "")
+    if is_hub_id(path) and not path.startswith("runs/") and not Path(path).exists():
+        return path.rsplit("/", 1)[-1], path
+    if not path:
+        return "data", None
+    return path.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1], None
+
+
+def base_model(records: Records, options: CardOptions) -> str | None:
+    """Return the Hub id of what the weights derive from, None if that is not on the Hub."""
+    nearest = records.ancestors[0] if records.ancestors else None
+    if nearest is not None and nearest.is_hub:
+        return nearest.name
+    return options.base_model
+
+
+def pipeline_tag(records: Records) -> str | None:
+    """Return the task of the Hub, None where its pipeline would give nothing of sense."""
+    return None if records.export["class"] in NO_PIPELINE else records.export["task"]
+
+
+def metadata(
+    records: Records, repo_id: str, options: CardOptions, results: Sequence[Result], samples: Sequence[str]
+) -> ModelCardData:
+    """Return the front matter of a card.
+
+    Args:
+        records: of the export.
+        repo_id: ORG/NAME.
+        options: of the author.
+        results: measured numbers; those of a data set go into the model index.
+        samples: paths of pictures in the repository.
+    """
+    licence, base = terms(records, options), base_model(records, options)
+    name, dataset_id = data_name(records, options)
+    extra: dict[str, Any] = {}
+    if licence.license == "other":
+        extra |= {"license_name": options.license_name, "license_link": options.license_link}
+    if base is not None and records.source["kind"] in ("finetune", "probe", "supervise"):
+        extra["base_model_relation"] = "finetune"
+    tag = pipeline_tag(records)
+    if samples and tag == "image-classification":
+        extra["widget"] = [
+            {
+                "src": f"https://huggingface.co/{repo_id}/resolve/main/{path}",
+                "example_title": Path(path).stem.replace("_", " ").replace("-", " ").capitalize(),
+            }
+            for path in samples
+        ]
+    listed = [result for result in results if result.name in ("top1", "top5", "real_top1")]
+    evaluated = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=r.dataset_id or r.data,
+            dataset_name=r.data,
+            dataset_split=r.split,
+            dataset_revision=r.revision,
+            metric_type=r.metric,
+            metric_name=r.label,
+            metric_value=round(float(r.value.value), 6),
+        )
+        for r in listed
+    ]
+    if evaluated:
+        extra |= {"model_name": repo_id.rsplit("/", 1)[-1], "eval_results": evaluated, "metrics": ["accuracy"]}
+    datasets = list(options.datasets) or ([dataset_id] if dataset_id else None)
+    return ModelCardData(
+        license=licence.license,
+        library_name=records.export["library"],
+        pipeline_tag=tag,
+        language=list(options.language) or None,
+        base_model=base,
+        datasets=datasets,
+        tags=_tags(records, tag, options),
+        **extra,
+    )
+
+
+def _tags(records: Records, tag: str | None, options: CardOptions) -> list[str]:
+    tags = ["vision"]
+    if records.export["library"] == "timm":
+        tags += ["timm", "transformers"]  # transformers reads timm's folders too
+    if records.export["target"] == "onnx":
+        tags.append("onnx")
+    if records.source["kind"] in ("pretrain", "finetune", "probe", "conversion") or records.conversion:
+        tags += ["masked-autoencoder", "mae"]
+    if records.export["class"] in NO_PIPELINE:
+        tags.append("self-supervised-learning")
+    if tag is not None:
+        tags.append(tag)
+    return list(dict.fromkeys([*tags, "hf_mae", *options.tags]))
+
+
+def eval_entries(results: Sequence[Result]) -> dict[str, list[EvalResultEntry]]:
+    """Return entries for `.eval_results/`, by file name: the top-1 accuracy in each data set of the Hub."""
+    found: dict[str, list[EvalResultEntry]] = {}
+    for r in results:
+        if r.name == "top1" and r.dataset_id is not None:
+            entry = EvalResultEntry(
+                dataset_id=r.dataset_id,
+                task_id="default",
+                value=round(float(r.value.value), 6),
+                dataset_revision=r.revision,
+                notes=f"{r.label}, a fraction; {r.split}; {r.images} images; weights: {r.weights}",
+            )
+            found.setdefault(r.dataset_id.replace("/", "--") + ".yaml", []).append(entry)
+    return found

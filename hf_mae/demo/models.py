@@ -1,0 +1,243 @@
+"""What the page does, without the page: a picture and settings in, pictures or scores out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+
+from hf_mae import evaluate
+from hf_mae.data.images import ImageError, decode_image, eval_image
+from hf_mae.data.order import NOISE, uniforms
+from hf_mae.evaluation.reconstruction import reconstruct
+from hf_mae.models.configuration_mae import height_width
+from hf_mae.models.masking import MaskStrategy, check_masking, count_kept, mask_noise, num_uniforms
+from hf_mae.models.modeling_mae import MAEForPreTraining
+from hf_mae.run import model_folder
+from hf_mae.training.monitors import Printer
+from hf_mae.training.tasks import TimmClassification
+
+TILE = 224
+"""Pixels that small pictures are enlarged to, at least, by a whole number."""
+
+
+@dataclass(frozen=True)
+class Reconstructor:
+    """A pretraining model and its input.
+
+    Attributes:
+        name: what the page calls it.
+        model: with its decoder, in evaluation mode.
+        mean: per channel, of the input scaled to [0, 1].
+        std: per channel, likewise.
+    """
+
+    name: str
+    model: MAEForPreTraining
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier.
+
+    Attributes:
+        name: what the page calls it.
+        classes: in the order of its scores.
+        channels: colour channels of its input.
+        scores: an upright picture -> [classes], each in [0, 1].
+        each_on_its_own: every class has its own yes or no (trained with BCE): scores do not add up to 1.
+    """
+
+    name: str
+    classes: Sequence[str]
+    channels: int
+    scores: Callable[[Image.Image], Tensor]
+    each_on_its_own: bool
+
+
+def load_reconstructor(name: str) -> Reconstructor:
+    """Load a pretraining model.
+
+    Args:
+        name: a run folder (its newest checkpoint), a model folder or a Hub id; of ours, or a vit_mae.
+
+    Raises:
+        ValueError: there is no such model, or it has no decoder or no preprocessing.
+    """
+    folder = model_folder(name, field="reconstruct")
+    kind, architectures = _kind(folder)
+    if kind not in ("hf_mae", "vit_mae") or not any(a.endswith("ForPreTraining") for a in architectures):
+        raise ValueError(
+            f"reconstruct={name} holds {', '.join(architectures) or kind or 'a model of timm'}, which cannot "
+            "reconstruct; name a pretraining model with its decoder (what hf-mae pretrain makes)"
+        )
+    model = MAEForPreTraining.from_pretrained(folder).eval()
+    processor = _processor(folder, f"reconstruct={name}")
+    return Reconstructor(shown_name(name), model, processor.image_mean, processor.image_std)
+
+
+def reconstruct_picture(
+    reconstructor: Reconstructor, path: str | Path, *, mask_ratio: float, strategy: MaskStrategy, seed: int
+) -> tuple[list[tuple[Image.Image, str]], str]:
+    """Mask a picture and predict it.
+
+    Args:
+        reconstructor: the model.
+        path: an image file of any size and mode.
+        mask_ratio: fraction of the patches removed, in (0, 1).
+        strategy: which are removed.
+        seed: chooses the mask.
+
+    Returns:
+        Four pictures with their names (original, masked, predicted, pasted), and what was done in words.
+
+    Raises:
+        ValueError: the file is no picture, or these patches cannot be removed.
+    """
+    config = copy.deepcopy(reconstructor.model.config)
+    config.mask_ratio, config.mask_strategy = float(mask_ratio), strategy
+    grid, size = config.grid, height_width(config.image_size)
+    L = grid[0] * grid[1]
+    check_masking(strategy, grid, config.mask_ratio)
+    if (removed := L - count_kept(L, config.mask_ratio)) == 0:
+        raise ValueError(
+            f"mask_ratio={mask_ratio} removes none of the {L} patches, so there is nothing to predict; take more than "
+            f"{1 / L:.2g}"
+        )
+    if seed < 0:
+        raise ValueError(f"seed={seed} is negative; take 0 or more")
+    pixels = eval_image(open_picture(path, config.num_channels), size)  # [C, H, W]
+    drawn = uniforms(num_uniforms(strategy, grid), seed, np.zeros(1, np.int64), np.zeros(1, np.int64), NOISE)
+    noise = mask_noise(strategy, torch.from_numpy(drawn).float(), grid, config.mask_ratio)
+    # The same weights under another config: two visitors at once do not share their settings.
+    model = copy.copy(reconstructor.model)
+    model.config = config
+    out = reconstruct(
+        model, torch.from_numpy(pixels.copy())[None], noise=noise, mean=reconstructor.mean, std=reconstructor.std
+    )
+    named = (("original", out.original), ("masked", out.masked), ("predicted", out.predicted), ("pasted", out.pasted))
+    note = (
+        f"{size[1]} x {size[0]} pixels after resizing and cutting out the centre; {removed} of {L} patches removed. "
+        "Pasted is the prediction where patches were removed, and the original elsewhere."
+    )
+    if out.uses_true_statistics:
+        note += (
+            " This model predicts patches up to their mean and deviation. The true ones were put back to show them, "
+            "which the model never saw: colours and contrast look better than it could know."
+        )
+    return [(_tile(pictures[0]), title) for title, pictures in named], note
+
+
+def load_classifier(name: str) -> Classifier:
+    """Load a classifier.
+
+    Args:
+        name: a run folder (its newest checkpoint), a model folder or a Hub id; of ours, in timm's format, or of stock
+            transformers.
+
+    Raises:
+        ValueError: there is no such model, it is no classifier, or only code of its own could load it.
+    """
+    hub_id = name.removeprefix("hf-hub:")
+    folder = model_folder(hub_id, field="classify")
+    if not Path(folder).is_file() and _kind(folder)[0] not in ("hf_mae", None):
+        return _load_stock(folder, name)
+    judged = evaluate.load_classifier(hub_id, None, Printer(False))
+    task = judged.task.eval()
+    if isinstance(task, TimmClassification):
+        each = task.spec.loss == "bce"
+    else:
+        each = task.model.config.problem_type == "multi_label_classification"
+
+    def scores(picture: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(eval_image(picture, judged.image_size, judged.crop_pct).copy())[None]
+        logits = task.logits({"pixel_values": pixels})[0].float()
+        return logits.sigmoid() if each else logits.softmax(-1)
+
+    return Classifier(shown_name(name), judged.names, judged.channels, scores, each)
+
+
+def _load_stock(folder: Path | str, name: str) -> Classifier:
+    try:
+        model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"classify={name} cannot be loaded as an image classifier: {reason}; name a classifier of hf_mae, of stock "
+            "transformers or in timm's format, with safetensors weights"
+        ) from error
+    model.eval()
+    processor = _processor(folder, f"classify={name}")
+    labels: Any = model.config.id2label
+    each = model.config.problem_type == "multi_label_classification"
+
+    def scores(picture: Image.Image) -> Tensor:
+        logits = model(**processor(picture, return_tensors="pt")).logits[0].float()
+        return logits.sigmoid() if each else logits.softmax(-1)
+
+    channels = 1 if getattr(model.config, "num_channels", 3) == 1 else 3
+    return Classifier(shown_name(name), [labels[i] for i in sorted(labels)], channels, scores, each)
+
+
+@torch.no_grad()
+def classify_picture(classifier: Classifier, path: str | Path, *, top: int = 5) -> dict[str, float]:
+    """Return the `top` classes of a picture with their scores, highest first.
+
+    Raises:
+        ValueError: the file is no picture.
+    """
+    scores = classifier.scores(open_picture(path, classifier.channels))
+    values, places = scores.topk(min(top, len(scores)))
+    best: dict[str, float] = {}
+    for value, place in zip(values.tolist(), places.tolist(), strict=True):
+        label = str(classifier.classes[place])
+        best[f"{label} (class {place})" if label in best else label] = value  # ImageNet has two cranes
+    return best
+
+
+def open_picture(path: str | Path, channels: int) -> Image.Image:
+    """Read a picture of any size and mode: upright, mode RGB, or L for one channel.
+
+    Raises:
+        ValueError: the file is no picture, or too large.
+    """
+    try:
+        return decode_image(Path(path).read_bytes(), channels)
+    except ImageError as error:
+        raise ValueError(f"this picture cannot be used: {error}; take a JPEG, PNG or WebP file") from error
+
+
+def shown_name(name: str) -> str:
+    """Return what a page may call a model: its Hub id, or the last part of a path."""
+    path = Path(name).expanduser()
+    return path.absolute().name if path.exists() else name
+
+
+def _kind(folder: Path | str) -> tuple[str | None, list[str]]:
+    values, _ = PreTrainedConfig.get_config_dict(folder)
+    return values.get("model_type"), [str(a) for a in values.get("architectures") or ()]
+
+
+def _processor(folder: Path | str, what: str) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(f"{what} has no preprocessor_config.json, so its mean and std are not known") from error
+
+
+def _tile(pixels: Tensor) -> Image.Image:
+    """uint8 [C, H, W] -> a picture, small ones enlarged so that their pixels are seen."""
+    array = pixels.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0])
+    factor = -(-TILE // max(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -193,7 +193,7 @@ def _ancestors(init_from: str) -> list[Ancestor]:
         source = "conversion.json of what it was trained from" if license_id else ""
         card = path / "README.md"
         if license_id is None and card.is_file():
-            license_id, source = ModelCard.load(card).data.license, "the card of what it was trained from"
+            license_id, source = ModelCard.load(card).data.get("license"), "the card of what it was trained from"
         if license_id is None and is_official(path.name):
             license_id, source = OFFICIAL_LICENSE, "the LICENSE of facebookresearch/mae"
         found.append(Ancestor(path.name, False, recipe.get("name"), license_id, source))

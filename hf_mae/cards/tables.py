@@ -56,7 +56,7 @@ def training_table(records: Records) -> list[Row]:
         table.append(("samples seen", Fact(rows[-1]["examples_seen"], f"{METRICS_FILE}: last row", "count")))
     for label, path, style in _TRAINING:
         found = maybe(recipe, path, RECIPE, style)
-        if found is not None and (path in _SAID_WHEN_OFF or found.value not in _OFF and found.value != 1.0):
+        if found is not None and (path in _SAID_WHEN_OFF or (found.value not in _OFF and found.value != 1.0)):
             table.append((label, found))
     table.append(("augmentation", augmentation(recipe)))
     table.append(("precision", precision(recipe)))
@@ -142,9 +142,10 @@ def data_table(records: Records, name: str, dataset_id: str | None, licence: str
     table: list[Row] = [("data set", Fact(shown, f"{RECIPE}: data.path"))]
     if not dataset_id:
         table.append(("where", "files of the author; not on the Hub under this name"))
-    for label, key, style in (("images", "rows", "count"), ("revision", "revision", "plain")):
-        if data.get(key) is not None:
-            table.append((label, Fact(data[key], f"{where}, {key}", style)))
+    if data.get("rows") is not None:
+        table.append(("images", Fact(data["rows"], f"{where}, rows", "count")))
+    if data.get("revision") is not None:
+        table.append(("revision", Fact(data["revision"], f"{where}, revision")))
     if data.get("classes"):
         table.append(("classes", Fact(len(data["classes"]), f"{where}, classes", "count")))
     if records.recipe["data"].get("splits"):
@@ -213,7 +214,7 @@ def exactness_table(records: Records) -> list[Row]:
     processor = records.export.get("processor") or {}
     for name, label in (("pil", 'processor with backend="pil"'), ("default", "processor as loaded by default")):
         if (found := maybe(processor, name, f"{EXPORT}: processor", "short")) is not None:
-            table.append((f"{label}, largest difference of a normalised pixel", found))
+            table.append((f"{label}, largest difference to our evaluation transform", found))
     return table
 
 

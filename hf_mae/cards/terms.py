@@ -104,7 +104,7 @@ def metadata(
         samples: paths of pictures in the repository.
     """
     licence, base = terms(records, options), base_model(records, options)
-    name, dataset_id = data_name(records, options)
+    _, dataset_id = data_name(records, options)
     extra: dict[str, Any] = {}
     if licence.license == "other":
         extra |= {"license_name": options.license_name, "license_link": options.license_link}

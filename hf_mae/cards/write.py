@@ -1,15 +1,254 @@
-"""Write the card of an export."""
+"""Write the card of an export: prose from the templates of model_cards/, every number from a record."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jinja2
+import yaml
+from huggingface_hub import eval_result_entries_to_yaml
+
+from hf_mae.cards.citations import citations
+from hf_mae.cards.facts import NOT_MEASURED, Fact, maybe
 from hf_mae.cards.options import CardOptions
+from hf_mae.cards.pictures import copy_samples, draw_pictures
+from hf_mae.cards.records import Records, published, read_records
+from hf_mae.cards.results import evaluations_before_best, measured
+from hf_mae.cards.tables import (
+    architecture_table,
+    data_table,
+    exactness_table,
+    hardware_table,
+    preprocessing_table,
+    training_table,
+)
+from hf_mae.cards.terms import base_model, data_name, eval_entries, metadata, terms
+from hf_mae.cards.vocabulary import is_hub_id
+
+DENSE_TASKS = frozenset({"object-detection", "image-segmentation"})
 
 
 def write_card(
     export: Path, repo_id: str, options: CardOptions, *, run: Path | None = None, evaluations: Sequence[Path] = ()
 ) -> Path:
-    """Write README.md, pictures/, samples/, records/ and .eval_results/ into an export folder."""
-    raise NotImplementedError
+    """Write README.md, pictures/, samples/, records/ and .eval_results/ into an export folder.
+
+    What was written there before is replaced; the weights are not touched.
+
+    Args:
+        export: from `hf_mae.export`.
+        repo_id: ORG/NAME, as the usage lines will say.
+        options: what no record says.
+        run: the run folder it was made from; without it only the export is told of.
+        evaluations: folders of `hf-mae evaluate --out`, of the exported weights.
+
+    Returns:
+        The path of README.md.
+
+    Raises:
+        ValueError: a record is missing or of other weights, the licence is not known or not allowed, a sample cannot be
+            read.
+    """
+    if not is_hub_id(repo_id):
+        raise ValueError(f"repo_id={repo_id!r} is not of the form ORG/NAME; name the repository it will be")
+    records = read_records(export, run, evaluations)
+    terms(records, options)  # refuses before anything is written
+    samples = copy_samples(export, options.samples)
+    pictures = draw_pictures(records, options, samples, run)
+    name, dataset_id = data_name(records, options)
+    results = measured(records, name, dataset_id)
+    head = metadata(records, repo_id, options, results, samples)
+    body, printed = render(template_of(records), _context(records, repo_id, options, results, pictures))
+    text = f"---\n{head.to_yaml(line_break=None)}\n---\n\n{body}"
+    _write_records(records, printed)
+    _write_eval_results(export, results)
+    card = export / "README.md"
+    partial = card.with_name(".README.md")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(card)
+    return card
+
+
+def templates_folder() -> Path:
+    """Return the folder of the templates: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "model_cards"
+    return inside if inside.is_dir() else package.parent / "model_cards"
+
+
+def template_of(records: Records) -> str:
+    """Return which family's template a model has, by its library and task."""
+    task = records.export["task"]
+    if task in DENSE_TASKS:
+        return "dense.md.jinja"
+    if records.export["library"] == "timm":
+        return "timm.md.jinja"
+    return "classifier.md.jinja" if _classifies(records) else "mae-pretrained.md.jinja"
+
+
+def _classifies(records: Records) -> bool:
+    return records.export["task"] == "image-classification" or str(records.export["class"]).endswith("Classification")
+
+
+def render(template: str, context: Mapping[str, Any]) -> tuple[str, list[Fact]]:
+    """Fill a template.
+
+    Args:
+        template: file name in the folder of templates.
+        context: names it uses. Numbers only as `Fact`.
+
+    Returns:
+        The text, and the facts it prints.
+
+    Raises:
+        ValueError: the template prints a number that is no fact, nothing (None), or a name that the context lacks.
+    """
+    printed: list[Fact] = []
+
+    def only_facts(value: Any) -> Any:
+        if isinstance(value, Fact):
+            printed.append(value)
+            return str(value)
+        if value is None or isinstance(value, bool | int | float):
+            raise ValueError(f"{template} prints {value!r}, which is no fact: a card holds no number without a record")
+        return value
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_folder()),
+        undefined=jinja2.StrictUndefined,
+        finalize=only_facts,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    try:
+        text = environment.get_template(template).render(**context)
+    except jinja2.UndefinedError as error:
+        raise ValueError(f"{template}: {error}; the records lack what it prints") from error
+    lines = [line.rstrip() for line in text.strip().splitlines()]
+    tidy = [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]  # one empty line at most
+    return "\n".join(tidy) + "\n", printed
+
+
+def _context(
+    records: Records, repo_id: str, options: CardOptions, results: Sequence[Any], pictures: Sequence[Any]
+) -> dict[str, Any]:
+    name, dataset_id = data_name(records, options)
+    licence = terms(records, options)
+    export = records.export
+    config = records.config
+    known = records.conversion.get("known") or {}
+    labels = config.get("id2label") or config.get("label_names") or ()
+    return {
+        "repo_id": repo_id,
+        "title": options.title or repo_id.rsplit("/", 1)[-1],
+        "author": options.author or "",
+        "target": export["target"],
+        "library": export["library"],
+        "task": export["task"] or "",
+        "cls": export["class"],
+        "kind": export["source"]["kind"],
+        "weights": export["source"]["weights"],
+        "classifies": _classifies(records),
+        "grey": config.get("num_channels") == 1,
+        "has_run": bool(records.recipe),
+        "data": name,
+        "dataset_id": dataset_id or "",
+        "licence": licence,
+        "license_name": options.license_name or "",
+        "license_link": options.license_link or "",
+        "base_model": base_model(records, options) or "",
+        "ancestors": records.ancestors,
+        "conversion": bool(records.conversion),
+        "converted_from": published(records.conversion.get("source") or ""),
+        "known": known.get("name", ""),
+        "paper": _paper(known),
+        "f": {
+            "parameters": None if records.parameters is None else Fact(records.parameters, "weights", "count"),
+            "classes": Fact(len(labels), "config.json: number of classes", "count") if labels else None,
+            "recipe": maybe(records.recipe, "name", "recipe.json"),
+            "mask_ratio": maybe(records.recipe, "model.mask_ratio", "recipe.json")
+            or maybe(config, "mask_ratio", "config.json"),
+            "norm_pix": maybe(config, "norm_pix_loss", "config.json"),
+            "loss": maybe(records.recipe, "loss.name", "recipe.json"),
+            "best_of": evaluations_before_best(records),
+            "best_metric": maybe(records.best, "metric", "best/best.json"),
+            "seed": maybe(records.recipe, "seed", "recipe.json"),
+            "images": Fact(records.starts[-1]["data"]["rows"], "environment.json: last start, data, rows", "count")
+            if records.starts
+            else None,
+        },
+        "architecture": architecture_table(records),
+        "results": results,
+        "training": training_table(records),
+        "hardware": hardware_table(records),
+        "data_rows": data_table(records, name, dataset_id, options.data_license),
+        "data_license": options.data_license or "",
+        "preprocessing": preprocessing_table(records),
+        "exactness": exactness_table(records),
+        "answers": _answers(export),
+        "changes": export.get("changes") or [],
+        "pictures": pictures,
+        "citations": citations(records),
+        "not_measured": NOT_MEASURED,
+    }
+
+
+def _paper(known: Mapping[str, Any]) -> list[tuple[str, Fact]]:
+    """Return the numbers that others published of converted weights."""
+    result = known.get("result")
+    if not result:
+        return []
+    if isinstance(result, Mapping):
+        return [(str(k), Fact(v, f"conversion.json: known.result.{k}")) for k, v in result.items() if v is not None]
+    return [("result", Fact(str(result), "conversion.json: known.result"))]
+
+
+def _answers(export: Mapping[str, Any]) -> list[tuple[str, Fact]]:
+    pipeline = export.get("pipeline") or {}
+    return [
+        (str(a["label"]), Fact(float(a["score"]), f"export.json: pipeline, {a['label']}", "short"))
+        for a in (pipeline.get("answers") or [])[:5]
+        if isinstance(a, Mapping) and "label" in a
+    ]
+
+
+def _write_records(records: Records, printed: Sequence[Fact]) -> None:
+    folder = records.folder / "records"
+    kept = folder / "usage.json"
+    usage = kept.read_bytes() if kept.is_file() else None
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    if usage is not None:
+        kept.write_bytes(usage)
+    facts = [{"value": value, "source": where} for value, where in dict.fromkeys((str(f), f.source) for f in printed)]
+    whole: dict[str, Any] = {
+        "recipe": records.recipe,
+        "environment": {"starts": records.starts} if records.starts else {},
+        "evaluation": records.evaluation,
+        "best": records.best,
+        "export": records.export,
+        "conversion": records.conversion,
+        "facts": facts,
+    }
+    whole |= {f"evaluation_{e.name}": {"summary": e.summary, "evaluation": e.evaluation} for e in records.evaluated}
+    for name, record in whole.items():
+        if record:
+            (folder / f"{name}.json").write_text(json.dumps(published(record), indent=1) + "\n")
+    if records.rows:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records.rows))
+
+
+def _write_eval_results(export: Path, results: Sequence[Any]) -> None:
+    folder = export / ".eval_results"
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    for name, entries in eval_entries(results).items():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))

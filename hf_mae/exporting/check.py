@@ -1,0 +1,108 @@
+"""A script that loads a stock folder as a stranger would, without this package, and writes down what comes out.
+
+Run by `parity.run_stock` as `python -I check.py REQUEST.json`, in a new process: what it loads, transformers or timm
+must be able to load. The request names the folder, the Auto class, its inputs and the picture; the answer goes to
+`outputs.safetensors` and `answer.json` beside the request.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+TOP = 5
+
+
+def main(request_path: Path) -> None:
+    """Answer one request."""
+    request = json.loads(request_path.read_text())
+    inputs = load_file(request_path.with_name("inputs.safetensors"))
+    outputs: dict[str, torch.Tensor] = {}
+    answer: dict[str, Any] = {"processor": {}, "pipeline": None}
+    for name, dtype in DTYPES.items():
+        for route, forward in _routes(request, dtype).items():
+            with torch.no_grad():
+                found = forward({key: value.to(dtype) for key, value in inputs.items()})
+            outputs |= {f"{name}.{route}.{key}": found[key].contiguous() for key in request["outputs"]}
+    for backend, pixels in _process(request).items():
+        outputs[f"processor.{backend}"] = pixels.contiguous()
+    if request["pipeline"]:
+        answer["pipeline"] = _run_pipeline(request)
+    answer["versions"] = _versions(request["library"])
+    assert "hf_mae" not in sys.modules, "this process must not know hf_mae"
+    save_file(outputs, request_path.with_name("outputs.safetensors"))
+    request_path.with_name("answer.json").write_text(json.dumps(answer))
+
+
+def _routes(request: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return each way of loading the folder, as a function from inputs to outputs by name."""
+    import transformers
+
+    folder = request["folder"]
+    options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype} | request["options"]
+    if request["library"] == "transformers":
+        options["attn_implementation"] = "sdpa"
+    auto, report = getattr(transformers, request["auto"]).from_pretrained(folder, output_loading_info=True, **options)
+    wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys") if report[key]}
+    if wrong:
+        raise SystemExit(f"{type(auto).__name__} does not find its weights: {wrong}")
+    routes: dict[str, Any] = {"auto": lambda inputs: auto.eval()(**inputs)}
+    if request["library"] == "timm":
+        import timm
+
+        network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(dtype)
+
+        def of_timm(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            tokens = network.forward_features(inputs["pixel_values"])
+            head = network.forward_head(tokens)
+            return {"last_hidden_state": tokens, "pooler_output": head, "logits": head}
+
+        routes["timm"] = of_timm
+    return routes
+
+
+def _process(request: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the picture as each backend of the image processor prepares it."""
+    from transformers import AutoImageProcessor
+
+    picture = Image.open(request["decoded"])
+    backends: dict[str, dict[str, str]] = {"default": {}}
+    if request["library"] == "transformers":
+        backends["pil"] = {"backend": "pil"}
+    processors = {
+        name: AutoImageProcessor.from_pretrained(request["folder"], **options) for name, options in backends.items()
+    }
+    return {name: processor(picture, return_tensors="pt")["pixel_values"] for name, processor in processors.items()}
+
+
+def _run_pipeline(request: dict[str, Any]) -> dict[str, Any]:
+    """Return what the pipeline of the task says about the picture."""
+    from transformers import pipeline
+
+    task = request["pipeline"]
+    result: Any = pipeline(task, model=request["folder"], device="cpu")(request["picture"])
+    if task == "image-classification":
+        return {"answers": [{"label": str(one["label"]), "score": float(one["score"])} for one in result[:TOP]]}
+    return {"answers": [], "shape": list(torch.tensor(result).shape)}
+
+
+def _versions(library: str) -> dict[str, str]:
+    import transformers
+
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    if library == "timm":
+        import timm
+
+        versions["timm"] = timm.__version__
+    return versions
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

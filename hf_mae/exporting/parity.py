@@ -1,0 +1,211 @@
+"""Whether an exported folder computes what our model computes, found out by a process that has never heard of us.
+
+Two pictures, one real and one of noise, in float64 and float32. In float64 the differences are rounding; what is left
+in float32 is the order of sums.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_mae.data.images import decode_image, eval_image
+from hf_mae.exporting import check
+
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+"""Largest difference allowed, absolute up to 1, then relative to the largest output."""
+PIXEL_TOLERANCE = {"pil": 1e-6, "default": 1 / 255 + 1e-6}
+"""The same for the image processor, of pixels in [0, 1]: the default one resizes with other rounding than Pillow."""
+
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the new process is to load and to answer.
+
+    Attributes:
+        library: `transformers` or `timm`.
+        auto: the Auto class.
+        outputs: their names, the same in ours and in the stock class.
+        options: of `from_pretrained`.
+        pipeline: the pipeline to run on the picture, if any.
+    """
+
+    library: str
+    auto: str
+    outputs: tuple[str, ...]
+    options: Mapping[str, Any]
+    pipeline: str | None
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """What the new process found."""
+
+    outputs: Outputs
+    """DTYPE.ROUTE.NAME, and processor.BACKEND."""
+    pipeline: dict[str, Any] | None
+    versions: dict[str, str]
+
+
+def flower() -> Path:
+    """Return a photograph that comes with scikit-learn, 427 x 640 pixels."""
+    import sklearn.datasets
+
+    return Path(sklearn.datasets.__file__).parent / "images" / "flower.jpg"
+
+
+def decoded(picture: Path, channels: int) -> Image.Image:
+    """Return the picture as training decodes it.
+
+    Raises:
+        ValueError: it is no picture.
+    """
+    try:
+        return decode_image(picture.read_bytes(), channels)
+    except OSError as error:
+        raise ValueError(f"picture={picture} cannot be read ({error}); name a picture") from error
+
+
+def prepare(picture: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Tensor:
+    """Return the picture as our evaluation prepares it, float32 [C, H, W] in [0, 1].
+
+    A picture of exactly this size would be left as it is by our evaluation, and never by an image processor; here it is
+    treated as any other.
+    """
+    if crop_pct is None and (picture.height, picture.width) == size:
+        crop_pct = 224 / 256 if max(size) <= 224 else 1.0
+    return torch.from_numpy(np.ascontiguousarray(eval_image(picture, size, crop_pct))).float() / 255
+
+
+def example_pixels(real: Tensor, mean: Any, std: Any) -> Tensor:
+    """Return two normalised images [2, C, H, W]: what `prepare` made of a picture, and noise."""
+    normalised = (real - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    noise = torch.randn(normalised.shape, generator=torch.Generator().manual_seed(0))
+    return torch.stack([normalised, noise]).float()
+
+
+def ours(model: nn.Module, forward: Callable[[nn.Module, Outputs], Outputs], inputs: Outputs) -> Outputs:
+    """Return the outputs of our model by DTYPE.NAME. The model is left alone."""
+    outputs: Outputs = {}
+    copy = deepcopy(model).eval()
+    with torch.no_grad():
+        for name in TOLERANCE:
+            dtype = check.DTYPES[name]
+            copy = copy.to(dtype)
+            found = forward(copy, {key: value.to(dtype) for key, value in inputs.items()})
+            outputs |= {f"{name}.{key}": value for key, value in found.items()}
+    return outputs
+
+
+def run_stock(folder: Path, request: Request, inputs: Outputs, picture: Path, image: Image.Image) -> Stranger:
+    """Load the folder in a new process that does not import this package, and return what it computed.
+
+    Args:
+        folder: what is checked.
+        request: how.
+        inputs: of the model, by name; `pixel_values` [N, C, H, W] and for ViTMAE `noise` [N, L].
+        picture: file for the pipeline.
+        image: the same, decoded, for the image processors.
+
+    Raises:
+        RuntimeError: it could not be loaded; the end of what the process said.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        save_file({key: value.contiguous() for key, value in inputs.items()}, work / "inputs.safetensors")
+        image.save(work / "decoded.png")
+        values: dict[str, Any] = {
+            "folder": str(folder.resolve()),
+            "library": request.library,
+            "auto": request.auto,
+            "outputs": list(request.outputs),
+            "options": dict(request.options),
+            "pipeline": request.pipeline,
+            "picture": str(picture.resolve()),
+            "decoded": str(work / "decoded.png"),
+        }
+        (work / "request.json").write_text(json.dumps(values))
+        ended = subprocess.run(
+            [sys.executable, "-I", check.__file__, str(work / "request.json")],
+            capture_output=True,
+            text=True,
+            cwd=work,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+            check=False,
+        )
+        if ended.returncode:
+            raise RuntimeError(
+                f"the exported folder cannot be used by {request.library} without hf_mae, so it is not kept: "
+                f"{_tail(ended.stderr)}"
+            )
+        answer = json.loads((work / "answer.json").read_text())
+        outputs = load_file(work / "outputs.safetensors")
+    return Stranger(outputs, answer["pipeline"], answer["versions"])
+
+
+def compare(mine: Outputs, stranger: Stranger) -> dict[str, float]:
+    """Return the largest difference of all outputs, by dtype.
+
+    Raises:
+        RuntimeError: it is larger than `TOLERANCE` allows.
+    """
+    differences = dict.fromkeys(TOLERANCE, 0.0)
+    for name, theirs in stranger.outputs.items():
+        dtype, _, rest = name.partition(".")
+        if dtype not in TOLERANCE:
+            continue
+        route, _, key = rest.partition(".")
+        expected = mine[f"{dtype}.{key}"]
+        difference = largest_difference(expected, theirs)
+        limit = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+        if not difference <= limit:
+            raise RuntimeError(
+                f"{key} of the exported folder, loaded by {route}, differs from ours by {difference:.3g} in {dtype}, "
+                f"more than {limit:.3g}; it is not kept. Please report this with the config.json of the model"
+            )
+        differences[dtype] = max(differences[dtype], difference)
+    return differences
+
+
+def compare_processor(prepared: Tensor, stranger: Stranger, mean: Any, std: Any) -> dict[str, float | None]:
+    """Return how far the image processor is from what `prepare` made: the largest difference of pixels in [0, 1].
+
+    None stands for a backend that the library has not.
+    """
+    found: dict[str, float | None] = {}
+    for backend in ("pil", "default"):
+        theirs = stranger.outputs.get(f"processor.{backend}")
+        if theirs is None:
+            found[backend] = None
+            continue
+        pixels = theirs[0].double() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+        found[backend] = largest_difference(prepared, pixels)
+    return found
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest absolute difference of two tensors; infinite where their shapes differ."""
+    if one.shape != other.shape:
+        return float("inf")
+    return float((one.double() - other.double()).abs().max())
+
+
+def _tail(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return " | ".join(lines[-3:])[-600:] or "it said nothing"

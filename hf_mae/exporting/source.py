@@ -1,0 +1,334 @@
+"""What is exported: a model, read from wherever it lies, and what is known of where it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.hub import cached_file
+
+from hf_mae.models.configuration_mae import MAEConfig, height_width
+from hf_mae.models.modeling_classification import MAEForImageClassification
+from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTrainedModel
+from hf_mae.models.timm_models import load
+from hf_mae.models.timm_spec import TimmSpec
+from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD
+from hf_mae.run import model_folder
+from hf_mae.training.tasks import EncoderTask
+
+Weights = Literal["last", "best", "average"]
+Say = Callable[[str], None]
+
+CLASSES: dict[str, type[MAEPreTrainedModel]] = {
+    "MAEForImageClassification": MAEForImageClassification,
+    "MAEForPreTraining": MAEForPreTraining,
+    "MAEModel": MAEModel,
+    "ViTMAEForPreTraining": MAEForPreTraining,
+    "ViTMAEModel": MAEModel,
+}
+"""Classes in a config.json that are read, and what they are here."""
+
+CARRIED = ("image_mean", "image_std", "size", "crop_size", "resample", "do_center_crop", "do_convert_rgb")
+"""Fields of an image processor of ours that a model folder may set otherwise."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from; the `source` of export.json. Names, no paths."""
+
+    name: str
+    run: str | None = None
+    """The recipe's name."""
+    kind: str = "model"
+    weights: str = "last"
+    step: int | None = None
+    sha256: str | None = None
+    """Of the file of weights; of all of them in order where there are several."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and its origin.
+
+    Attributes:
+        model: in evaluation mode, float32, on the CPU.
+        origin: where it comes from.
+        processor: how its pictures are prepared, every field; of a model of timm only mean and std are read.
+        given: the processor is the user's, who need not want that of our evaluation.
+        spec: of a model of timm.
+        bce: the scores were trained for binary cross-entropy.
+        folder: the run folder, if the model is of one.
+        conversion: text of conversion.json, if the model was converted from an official file.
+        notes: what was done to the weights: sentences.
+    """
+
+    model: nn.Module
+    origin: Origin
+    processor: dict[str, Any]
+    given: bool = False
+    spec: TimmSpec | None = None
+    bce: bool = False
+    folder: Path | None = None
+    conversion: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return self.spec.test_image_size if self.spec is not None else height_width(self._config.image_size)
+
+    @property
+    def crop_pct(self) -> float | None:
+        """Share of a picture's short side that is seen, where it is not the rule of our evaluation."""
+        return None if self.spec is None else self.spec.test_crop_pct
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of the input."""
+        return self.spec.channels if self.spec is not None else self._config.num_channels
+
+    @property
+    def _config(self) -> MAEConfig:
+        return cast(MAEPreTrainedModel, self.model).config
+
+
+def read(
+    model: nn.Module | str | os.PathLike[str], *, weights: Weights, processor: Mapping[str, Any] | None, say: Say
+) -> Source:
+    """Read what is to be exported.
+
+    Args:
+        model: an instance of a class of ours, a run folder, a model folder of ours or of timm, a Hub id of such, or an
+            official `.pth` file.
+        weights: which ones of a run folder: of its newest checkpoint, of its best evaluation, or their moving average.
+        processor: fields that replace those of the model's image processor.
+        say: called with lines for the user.
+
+    Raises:
+        ValueError: there is no such model or no such weights, they are of no known kind, or they are not finite.
+    """
+    if isinstance(model, nn.Module):
+        source = _of_instance(model, weights, processor, say)
+    else:
+        source = _of_name(str(model), weights, processor, say)
+    notes = _check_weights(model if isinstance(model, nn.Module) else source.model)
+    for note in notes:
+        say(note)
+    if source.spec is None and isinstance(source.model, MAEForImageClassification):
+        names = cast("dict[int, str]", source.model.config.id2label)
+        if all(name == f"LABEL_{row}" for row, name in names.items()):
+            say(
+                f"warning: the {len(names)} classes have no names (LABEL_0, ...), and that is what the Hub will show; "
+                "set config.id2label before exporting"
+            )
+    return replace(source, model=source.model.float().eval(), notes=notes)
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def _of_instance(model: nn.Module, weights: Weights, processor: Mapping[str, Any] | None, say: Say) -> Source:
+    if not isinstance(model, (MAEForPreTraining, MAEForImageClassification, MAEModel)):
+        raise ValueError(
+            f"model is a {type(model).__name__}, which cannot be exported; pass one of hf_mae's classes, or the name "
+            "of a folder (models of timm are exported from theirs)"
+        )
+    if weights != "last":
+        raise ValueError(f"weights={weights!r} is for run folders, and model is an object; leave it out")
+    copy = type(model)(MAEConfig.from_dict(model.config.to_dict()))
+    copy.load_state_dict({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+    name = Path(model.name_or_path).name or type(model).__name__
+    return Source(copy, Origin(name), _processor(copy, None, processor, say), given=processor is not None)
+
+
+def _of_name(name: str, weights: Weights, processor: Mapping[str, Any] | None, say: Say) -> Source:
+    path = Path(name).expanduser()
+    run = path if (path / "recipe.json").is_file() and not (path / "config.json").is_file() else None
+    if run is None and weights != "last":
+        raise ValueError(f"weights={weights!r} is for run folders, and {name} is none; leave it out")
+    if path.is_file():
+        return _of_official(path, processor, say)
+    if name.startswith(("hf-hub:", "hf_hub:")) or ("/" not in name and not path.exists()):
+        return _of_timm(name, Origin(name.partition(":")[2] or name), None)
+    folder: Path | str = _weights_folder(path, weights) if run is not None else model_folder(name, field="model")
+    origin, recipe = _origin(name, path, folder, weights)
+    run = run or _run_of(folder)
+    config = json.loads(_file(folder, "config.json").read_text())
+    if {"architecture", "pretrained_cfg"} <= config.keys():
+        return _of_timm(folder, origin, run)
+    architectures = config.get("architectures") or []
+    known = [CLASSES[one] for one in architectures if one in CLASSES]
+    if not known or config.get("model_type") not in ("hf_mae", "vit_mae"):
+        raise ValueError(
+            f"{name} is a {', '.join(architectures) or config.get('model_type') or 'model of unknown class'}, which is "
+            "no model of hf_mae or timm; name a run folder, or a model folder with one of "
+            f"{', '.join(CLASSES)}"
+        )
+    model = known[0].from_pretrained(folder, dtype="auto")
+    written = _read_optional(folder, "preprocessor_config.json")
+    conversion = _read_optional(folder, "conversion.json")
+    if conversion is not None:
+        origin = replace(origin, kind="conversion")
+    return Source(
+        model,
+        origin,
+        _processor(model, None if written is None else json.loads(written), processor, say),
+        given=processor is not None,
+        bce=recipe.get("loss", {}).get("name") == "bce" or model.config.problem_type == "multi_label_classification",
+        folder=run,
+        conversion=conversion,
+    )
+
+
+def _of_timm(name: Path | str, origin: Origin, run: Path | None) -> Source:
+    model, spec = load(name)
+    processor = {"image_mean": list(spec.mean), "image_std": list(spec.std)}
+    return Source(model, origin, processor, spec=spec, bce=spec.loss == "bce", folder=run)
+
+
+def _of_official(path: Path, processor: Mapping[str, Any] | None, say: Say) -> Source:
+    from hf_mae.exporting.convert import convert
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = convert(path, Path(name) / path.stem, say=say)
+        source = _of_name(str(folder), "last", processor, say)
+    return replace(source, origin=replace(source.origin, name=path.name))
+
+
+def _weights_folder(run: Path, weights: Weights) -> Path:
+    if weights == "best":
+        folder, remedy = run / "best" / "model", "only runs with evaluations on labels keep one"
+    elif weights == "average":
+        folder = cast(Path, model_folder(str(run), field="model")).with_name("model_ema")
+        remedy = "only runs with optim.ema_decay keep one"
+    else:
+        return cast(Path, model_folder(str(run), field="model"))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"weights={weights!r} of {run} do not exist ({folder.name} is missing: {remedy}); use 'last'")
+    return folder
+
+
+def _origin(name: str, path: Path, folder: Path | str, weights: Weights) -> tuple[Origin, dict[str, Any]]:
+    """Return where a model comes from, and the recipe of its run, empty if there is none."""
+    run, recipe = _run_of(folder), {}
+    kind, step, title = "model", None, path.name if path.exists() else name
+    if run is not None:
+        recipe = json.loads((run / "recipe.json").read_text())
+        kind, title = _kind(recipe), run.resolve().name
+        inside = Path(folder).resolve()
+        if inside.parent.name == "best":
+            weights, step = "best", json.loads((inside.parent / "best.json").read_text())["step"]
+        else:
+            weights = "average" if inside.name == "model_ema" else "last"
+            step = int(inside.parent.name.removeprefix("step_"))
+    return Origin(title, recipe.get("name"), kind, weights, step, _sha256(folder)), recipe
+
+
+def _run_of(folder: Path | str) -> Path | None:
+    """Return the run folder that RUN/best/model and RUN/checkpoints/step_N/model lie in."""
+    place = Path(folder).resolve()
+    if not place.is_dir() or place.name not in ("model", "model_ema"):
+        return None
+    run = place.parents[1] if place.parent.name == "best" else place.parents[2]
+    return run if (run / "recipe.json").is_file() else None
+
+
+def _kind(recipe: Mapping[str, Any]) -> str:
+    if "architecture" in recipe["model"]:
+        return "supervise"
+    if "head" not in recipe["model"]:
+        return "pretrain"
+    return "probe" if recipe.get("trainable_blocks") == 0 else "finetune"
+
+
+def _file(folder: Path | str, name: str) -> Path:
+    return folder / name if isinstance(folder, Path) else Path(cast(str, cached_file(folder, name)))
+
+
+def _read_optional(folder: Path | str, name: str) -> str | None:
+    if isinstance(folder, Path):
+        return (folder / name).read_text() if (folder / name).is_file() else None
+    found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found).read_text()
+
+
+def _sha256(folder: Path | str) -> str | None:
+    if isinstance(folder, Path):
+        files = sorted(folder.glob("model*.safetensors"))
+    else:
+        whole = cached_file(folder, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+        files = [] if whole is None else [Path(whole)]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if files else None
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _check_weights(model: nn.Module) -> list[str]:
+    """Refuse weights that are not finite or not plain floats; return what a copy in float32 changes."""
+    dtypes: set[torch.dtype] = set()
+    for name, tensor in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"weight {name} is {tensor.dtype}, not a plain float: quantised weights cannot be exported; export the "
+                "model they were made of"
+            )
+        if not _is_finite(tensor):
+            raise ValueError(f"weight {name} is not finite, so the model is broken; export an earlier checkpoint")
+        dtypes.add(tensor.dtype)
+    notes = [f"weights in {str(one).removeprefix('torch.')} are written in float32" for one in dtypes]
+    return sorted(note for note in notes if "weights in float32 " not in note)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def _processor(
+    model: MAEPreTrainedModel, written: dict[str, Any] | None, given: Mapping[str, Any] | None, say: Say
+) -> dict[str, Any]:
+    """Return the image processor in full: ours for this size, with what the folder says, with what the user says."""
+    imagenet = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
+    processor = EncoderTask(model, IMAGENET_MEAN, IMAGENET_STD).processor() | imagenet
+    channels = model.config.num_channels
+    if written is not None and written.get("image_processor_type") == "BitImageProcessor":
+        processor |= {name: written[name] for name in CARRIED if name in written}
+    elif written is not None and {"image_mean", "image_std"} <= written.keys():
+        processor |= {name: written[name] for name in ("image_mean", "image_std")}
+        say(
+            "of preprocessor_config.json only mean and std are taken; pictures are resized and cropped as in our "
+            "evaluation"
+        )
+    elif not {"image_mean", "image_std"} <= (given or {}).keys():
+        say("the model does not say how its pictures are normalised: ImageNet's mean and std are written")
+    if given is not None and (unknown := sorted(given.keys() - processor.keys())):
+        raise ValueError(
+            f"processor has the field{'s' * (len(unknown) > 1)} {', '.join(unknown)}, which BitImageProcessor has not; "
+            f"use {', '.join(processor)}"
+        )
+    processor |= given or {}
+    for name in ("image_mean", "image_std"):
+        if len(processor[name]) != channels:
+            raise ValueError(
+                f"{name}={processor[name]} does not fit num_channels={channels}; pass processor={{'{name}': [...]}} "
+                f"with {channels} value{'s' * (channels > 1)}"
+            )
+    return processor

@@ -1,0 +1,126 @@
+"""Our ViTs as timm's VisionTransformer, whose names of weights are ours, and timm's own models written anew.
+
+A classifier has the pool of ours. An encoder has no classes: `forward_features` gives its tokens after `norm`, and
+calling it gives `forward_features(pool=config.pool)` of ours, the cls token or the mean of the patch tokens after
+`norm`. So it is the one stock class that gives both exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import save_file
+
+from hf_mae.models.configuration_mae import MAEConfig, height_width
+from hf_mae.models.modeling_classification import MAEForImageClassification
+from hf_mae.models.modeling_mae import MAEPreTrainedModel
+from hf_mae.models.timm_models import TimmSpec, write_timm_folder
+from hf_mae.recipes.base import VIT_SIZES
+
+TIMM_EPS = 1e-6
+"""Of every LayerNorm in timm's ViT; no argument of a config.json changes it."""
+NAMES = {"ti": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
+
+
+def as_timm(model: MAEPreTrainedModel, folder: Path, processor: dict[str, Any], *, bce: bool = False) -> list[str]:
+    """Write a ViT of ours as a timm folder.
+
+    Args:
+        model: a classifier with a linear head, or a model with an encoder, which alone is written.
+        folder: created if need be.
+        processor: mean and std of the images, `image_mean` and `image_std`.
+        bce: the scores were trained for binary cross-entropy.
+
+    Returns:
+        What is not carried: sentences.
+
+    Raises:
+        ValueError: timm's ViT cannot express an option.
+    """
+    config = model.config
+    if config.layer_norm_eps != TIMM_EPS:
+        raise ValueError(
+            f"layer_norm_eps={config.layer_norm_eps} cannot be told to timm, whose ViT has {TIMM_EPS}; use target "
+            "'vit', 'beit' or 'vit_mae'"
+        )
+    if int(config.hidden_size * (ratio := config.intermediate_size / config.hidden_size)) != config.intermediate_size:
+        raise ValueError(
+            f"intermediate_size={config.intermediate_size} is no multiple of hidden_size={config.hidden_size} that "
+            "timm would find again; use target 'vit' or 'beit'"
+        )
+    classifier = isinstance(model, MAEForImageClassification)
+    size = height_width(config.image_size)
+    spec = TimmSpec(
+        architecture=_architecture(config),
+        names=tuple(cast("dict[int, str]", config.id2label).values()) if classifier else (),
+        image_size=size,
+        test_image_size=size,
+        crop_pct=None,
+        channels=config.num_channels,
+        drop_path_rate=0.0,
+        mean=tuple(processor["image_mean"]),
+        std=tuple(processor["image_std"]),
+        loss="bce" if bce else "ce",
+        model_args={
+            "embed_dim": config.hidden_size,
+            "depth": config.num_hidden_layers,
+            "num_heads": config.num_attention_heads,
+            "mlp_ratio": ratio,
+            "patch_size": _listed(config.patch_size),
+            "global_pool": "avg" if config.pool == "mean" else "token",
+            # A norm behind the mean, in place of the one before it, is what fine-tuning has and an encoder has not.
+            "fc_norm": classifier and config.pool == "mean",
+        },
+    )
+    if classifier:
+        write_timm_folder(folder, spec, model.state_dict())
+        rate = config.drop_path_rate
+        return [f"stochastic depth (drop_path_rate={rate:g}) belongs to training and is not carried"] if rate else []
+    return _write_encoder(folder, spec, model)
+
+
+def _architecture(config: MAEConfig) -> str:
+    """Return timm's name of this size, or of the base size, whose arguments the folder overrides."""
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    fit = [n for n, known in VIT_SIZES.items() if all(known[f] == getattr(config, f) for f in fields)]
+    name = fit[0] if fit else "b"
+    return f"vit_{NAMES[name]}_patch{VIT_SIZES[name].get('patch_size', 16)}_224"
+
+
+def _listed(size: Any) -> int | list[int]:
+    height, width = height_width(size)
+    return height if height == width else [height, width]
+
+
+def _write_encoder(folder: Path, spec: TimmSpec, model: MAEPreTrainedModel) -> list[str]:
+    """Write config.json and weights of a network without classes; `write_timm_folder` is for those that have some."""
+    names = [name for name in model.state_dict() if not name.startswith(("decoder_", "mask_token", "encoder_mask_"))]
+    shape = [spec.channels, *spec.test_image_size]
+    config: dict[str, Any] = {
+        "architecture": spec.architecture,
+        "num_classes": 0,
+        "num_features": model.config.hidden_size,
+        "global_pool": spec.model_args["global_pool"],
+        "model_args": dict(sorted({**spec.model_args, "in_chans": spec.channels, "img_size": shape[1:]}.items())),
+        "pretrained_cfg": {
+            "input_size": shape,
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": spec.test_crop_pct,
+            "test_crop_pct": spec.test_crop_pct,
+            "crop_mode": "center",
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return ["the decoder is left out"] if len(names) < len(model.state_dict()) else []

@@ -101,39 +101,51 @@ def run_client(tmp_path_factory) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture(scope="module")
-def classifier(hub: HubServer, run_client, tmp_path_factory) -> str:
-    """`org/flowers` on `hub`: a tiny classifier of a stock class, random but decided, with a card."""
-    from safetensors.torch import load_file, save_file
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """A tiny classifier of ours, random but decided, as `hf_mae.export` writes it: a stock class, with a card."""
+    from hf_mae import MAEConfig, MAEForImageClassification, export
 
-    folder = tmp_path_factory.mktemp("flowers")
-    names = dict(enumerate(["red lily", "tulip", "sunflower", "daisy", "rose", "pagoda", "bridge"]))
-    config = ViTConfig(
+    names = dict(enumerate(["dahlia", "tulip", "sunflower", "daisy", "rose", "pagoda", "bridge"]))
+    config = MAEConfig(
         image_size=32,
         patch_size=8,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=64,
         id2label=names,
         label2id={name: index for index, name in names.items()},
+        pool="mean",
     )
     with torch.random.fork_rng():
-        torch.manual_seed(1)
-        ViTForImageClassification(config).save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["classifier.weight"] *= 15  # or all scores are 1/7
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+        torch.manual_seed(5)
+        model = MAEForImageClassification(config).eval()
+        torch.nn.init.normal_(model.head.weight, std=0.3)  # or all scores are 1/7
+    folder = export(model, tmp_path_factory.mktemp("exported") / "flowers")
     card = {"license": "mit", "library_name": "transformers", "pipeline_tag": "image-classification", "tags": ["mae"]}
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in card.items())
     (folder / "README.md").write_text(f"---\n{lines}---\n# Flowers\n")
-    upload = "import sys, huggingface_hub as h; a = h.HfApi(); a.create_repo(sys.argv[1])\n"
-    upload += "a.upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2])"
-    env = clean_environment(hub, tmp_path_factory.mktemp("hf_home"))
-    run_client([sys.executable, "-I", "-c", upload, "org/flowers", str(folder)], env)
-    return "org/flowers"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def upload(hub: HubServer, run_client, tmp_path_factory) -> Callable[[Path, str], str]:
+    """Upload a folder to `hub` with the stock client; return its repository's id."""
+
+    def run(folder: Path, repo_id: str) -> str:
+        code = "import sys, huggingface_hub as h; a = h.HfApi(); a.create_repo(sys.argv[1])\n"
+        code += "a.upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2])"
+        env = clean_environment(hub, tmp_path_factory.mktemp("hf_home"))
+        run_client([sys.executable, "-I", "-c", code, repo_id, str(folder)], env)
+        return repo_id
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def classifier(upload, exported: Path) -> str:
+    """`org/flowers` on `hub`: the exported classifier."""
+    return upload(exported, "org/flowers")
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +210,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="session")
 def picture() -> Path:
-    """A real photograph that every installation has: a red flower, 640 by 427 pixels (scikit-learn's sample image)."""
+    """A real photograph that every installation has: a dahlia, 640 by 427 pixels (scikit-learn's sample image)."""
     return Path(str(files("sklearn.datasets") / "images" / "flower.jpg"))
 
 

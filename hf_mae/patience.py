@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from huggingface_hub import get_token
@@ -112,6 +113,11 @@ def is_passing(error: BaseException) -> bool:
     return False
 
 
+def is_overloaded(error: BaseException) -> bool:
+    """Say whether a server answered, and the error is one that `is_passing`: 429 or 5xx."""
+    return is_passing(error) and any(status_of(one) is not None for one in _chain(error))
+
+
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status of an error, None if no server answered."""
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -129,8 +135,9 @@ def one_line(error: BaseException) -> str:
 
 def hide_tokens(text: str) -> str:
     """Return a text without this machine's token, nor anything that looks like one."""
-    if token := get_token():
-        text = text.replace(token, "hf_***")
+    with suppress(OSError):  # it may be in a file, and this is called when no file can be opened
+        if token := get_token():
+            text = text.replace(token, "hf_***")
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )\S+", "hf_***", text)
 
 

@@ -27,7 +27,7 @@ from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.parts import SPLIT_NAMES, alike, list_parts, open_part
 from hf_mae.data.rows import ArrowSource, DigitsSource, FolderSource
 from hf_mae.data.webdataset import TarSource
-from hf_mae.patience import HTTP_ERROR, GaveUpError, patient, status_of
+from hf_mae.patience import HTTP_ERROR, GaveUpError, is_overloaded, is_passing, patient, status_of
 from hf_mae.recipes.base import Data
 
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values")
@@ -435,9 +435,11 @@ def _builder(data: Data) -> Any:
     try:
         if local:
             return load_dataset_builder(str(path), name=data.name, revision=data.revision)
+        # A slip in a path must not wait for a Hub that cannot be reached; a run that goes on names a commit it has read.
         return patient(
             f"opening {data.path} on the Hub",
             lambda: load_dataset_builder(data.path, name=data.name, revision=data.revision),
+            passing=is_passing if data.revision else is_overloaded,
         )
     except DatasetNotFoundError as error:
         if "gated" in str(error):

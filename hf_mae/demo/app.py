@@ -87,6 +87,7 @@ def launch(
             server_port=port,
             share=False,
             ssr_mode=False,
+            run_history=False,
             quiet=True,
             max_file_size="50mb",
             prevent_thread_lock=True,
@@ -129,10 +130,10 @@ def _reconstruction(gr: Any, reconstructor: Reconstructor, examples: Sequence[Pa
             gr.Number(0, minimum=0, precision=0, label="Seed of the mask"),
         ],
         outputs=[
-            gr.Gallery(label="Reconstruction", columns=2, height="auto", object_fit="contain", format="png"),
+            gr.Gallery(label="Reconstruction", columns=2, height="max-content", object_fit="contain", format="png"),
             gr.Markdown(),
         ],
-        examples=[[str(path), config.mask_ratio, config.mask_strategy, 0] for path in examples] or None,
+        examples=[[str(path), None, None, None] for path in examples] or None,  # settings stay as they are
         cache_examples=False,
         description=(
             f"{_link(reconstructor.name)} sees the patches that stay and predicts the others. It was trained with "
@@ -176,16 +177,19 @@ def _classification(gr: Any, classifier: Classifier, examples: Sequence[Path]) -
 def _picture(gr: Any) -> Any:
     """Make the input for a picture, which hands over the file as it is: decoding it is ours, as in training."""
 
-    class Picture(gr.Image):
-        is_template = True  # drawn as its parent
+    picture = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Picture", height=320)
+    read = picture.preprocess
 
-        def preprocess(self, payload: Any) -> Any:
-            try:
-                return super().preprocess(payload)
-            except (OSError, ValueError, SyntaxError) as error:  # gradio reads the header first
-                raise gr.Error("This file is no picture that can be read; take a JPEG, PNG or WebP file.") from error
+    def preprocess(payload: Any) -> Any:
+        try:
+            return read(payload)  # gradio reads the header first
+        except (OSError, ValueError, SyntaxError) as error:
+            sentence = "This file is no picture that can be read; take a JPEG, PNG or WebP file."
+            raise gr.Error(sentence, print_exception=False) from error
 
-    return Picture(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Picture", height=320)
+    # Of the instance: for a class derived from its own, gradio writes a .pyi file beside this one.
+    picture.preprocess = preprocess
+    return picture
 
 
 def _require(gr: Any, picture: str | None) -> None:
@@ -194,8 +198,9 @@ def _require(gr: Any, picture: str | None) -> None:
 
 
 def _sentence(error: ValueError) -> str:
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}."
+    text = str(error).rstrip(".")
+    name = "=" in text.split(" ", 1)[0]  # mask_ratio=0 is written as it is
+    return f"{text if name else text[:1].upper() + text[1:]}."
 
 
 def _link(name: str) -> str:

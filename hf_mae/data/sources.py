@@ -435,7 +435,7 @@ def _builder(data: Data) -> Any:
     try:
         if local:
             return load_dataset_builder(str(path), name=data.name, revision=data.revision)
-        # A slip in a path must not wait for a Hub that cannot be reached; a run that goes on names a commit it has read.
+        # A slip in a path must not wait for a Hub out of reach; a run that goes on names a commit it has read before.
         return patient(
             f"opening {data.path} on the Hub",
             lambda: load_dataset_builder(data.path, name=data.name, revision=data.revision),

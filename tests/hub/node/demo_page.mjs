@@ -41,13 +41,22 @@ try {
 	const captions = await page.locator(".caption-label").allInnerTexts();
 	await page.screenshot({ path: `${screenshots}/demo_reconstruction.png`, fullPage: true });
 
-	await page.reload();
-	await page.getByRole("tab", { name: "Classification" }).click();
-	await page.getByRole("button", { name: "Classify" }).click();
-	const toast = page.locator(".toast-body");
-	await toast.first().waitFor();
-	const empty = await toast.first().innerText();
-	console.log(JSON.stringify({ best, rows, sizes, captions, empty, errors, elsewhere }));
+	// What goes wrong is said on the page, each in a new visit.
+	const refusal = async (file) => {
+		await page.goto(address);
+		await page.getByRole("tab", { name: "Classification" }).click();
+		if (file) {
+			await give(file);
+			await page.locator('img[src*="/file="]:visible').first().waitFor({ state: "attached" });
+		}
+		await page.getByRole("button", { name: "Classify" }).click();
+		const toast = page.locator(".toast-body").first();
+		await toast.waitFor();
+		return toast.innerText();
+	};
+	const refused = { empty: await refusal(null), broken: await refusal(broken) };
+	await page.screenshot({ path: `${screenshots}/demo_refused.png` });
+	console.log(JSON.stringify({ best, rows, sizes, captions, refused, errors, elsewhere }));
 } finally {
 	await browser.close();
 }

@@ -21,6 +21,9 @@ class CardOptions:
     """Terms of the training images, in words or as a Hub name."""
     datasets: tuple[str, ...] = ()
     """Hub ids of the training data. Without any, the data set of the run, if it is one of the Hub."""
+    data_name: str | None = None
+    """Name of the training data in words (`CIFAR-10, 5,000 of its training images`), where it is not on the Hub. None
+    takes the last part of its path."""
     language: tuple[str, ...] = ()
     """Languages of the class names, as ISO 639 codes (`en`)."""
     base_model: str | None = None

@@ -129,7 +129,7 @@ def _draw_reconstruction(records: Records, samples: Sequence[Path], path: Path) 
     size, channels = model.config.image_size, model.config.num_channels
     height, width = (size, size) if isinstance(size, int) else size
     arrays = [eval_image(decode_image(s.read_bytes(), channels), (height, width)) for s in samples]
-    images = torch.stack([torch.from_numpy(array) for array in arrays])  # [N, C, H, W]
+    images = torch.stack([torch.from_numpy(array.copy()) for array in arrays])  # [N, C, H, W]
     grid = model.grid_of(images)
     noise = torch.rand(len(images), grid[0] * grid[1], generator=torch.Generator().manual_seed(0))
     mean, std = records.preprocessing["image_mean"], records.preprocessing["image_std"]

@@ -166,4 +166,4 @@ def evaluations_before_best(records: Records) -> Fact | None:
         return None
     name = str(records.best["metric"])
     count = sum(1 for row in records.rows if row.get(name) is not None)
-    return Fact(count, f"metrics.jsonl: rows with {name}", "count") if count else None
+    return Fact(count, f"metrics.jsonl: rows with {name}", "count") if count > 1 else None

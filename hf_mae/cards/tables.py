@@ -207,6 +207,8 @@ def exactness_table(records: Records) -> list[Row]:
     for name, label in (("float64", "largest difference, float64"), ("float32", "largest difference, float32")):
         found = maybe(parity, name, f"{EXPORT}: parity", "scientific")
         table.append((label, NOT_MEASURED if found is None else found))
+    if (folding := maybe(parity, "folding", f"{EXPORT}: parity", "scientific")) is not None:
+        table.append(("largest difference by folding (see below), float64", folding))
     if (what := maybe(parity, "what", f"{EXPORT}: parity")) is not None:
         table.insert(0, ("compared", what))
     if (images := maybe(parity, "images", f"{EXPORT}: parity")) is not None:
@@ -223,7 +225,12 @@ def architecture_table(records: Records) -> list[Row]:
     config, file = records.config, "config.json"
     table: list[Row] = [("class", fact(records.export, "class", EXPORT))]
     if records.parameters is not None:
-        table.append(("parameters", Fact(records.parameters, "headers of the weights", "count")))
+        table.append(
+            (
+                "parameters, fixed tables and statistics included",
+                Fact(records.parameters, "headers of the weights", "count"),
+            )
+        )
     for label, path in (
         ("architecture of timm", "architecture"),
         ("image size", "image_size"),

@@ -69,7 +69,9 @@ def terms(records: Records, options: CardOptions) -> Terms:
 def data_name(records: Records, options: CardOptions) -> tuple[str, str | None]:
     """Return the name of the training data without a path, and its Hub id if it has one."""
     if options.datasets:
-        return options.datasets[0].rsplit("/", 1)[-1], options.datasets[0]
+        return options.data_name or options.datasets[0].rsplit("/", 1)[-1], options.datasets[0]
+    if options.data_name:
+        return options.data_name, None
     path = str(records.recipe.get("data", {}).get("path") or "")
     if is_hub_id(path) and not path.startswith("runs/") and not Path(path).exists():
         return path.rsplit("/", 1)[-1], path

@@ -149,6 +149,7 @@ def _numbers(value: Any, where: str = "") -> Iterator[str]:
 
 
 def _body(body: str, head: str, files: set[str]) -> Iterator[str]:
+    body = re.sub(r"^```bibtex\n.*?^```", "", body, flags=re.MULTILINE | re.DOTALL)  # full of braces
     prose = re.sub(r"^```.*?^```", "", body, flags=re.MULTILINE | re.DOTALL)
     if not re.search(r"^# \S", body, re.MULTILINE):
         yield "the card has no heading (# Title)"

@@ -15,9 +15,9 @@ from huggingface_hub import eval_result_entries_to_yaml
 from hf_mae.cards.citations import citations
 from hf_mae.cards.facts import NOT_MEASURED, Fact, maybe
 from hf_mae.cards.options import CardOptions
-from hf_mae.cards.pictures import copy_samples, draw_pictures
+from hf_mae.cards.pictures import Picture, copy_samples, draw_pictures
 from hf_mae.cards.records import Records, published, read_records
-from hf_mae.cards.results import evaluations_before_best, measured
+from hf_mae.cards.results import Result, evaluations_before_best, measured
 from hf_mae.cards.tables import (
     architecture_table,
     data_table,
@@ -61,9 +61,7 @@ def write_card(
     pictures = draw_pictures(records, options, samples, run)
     name, dataset_id = data_name(records, options)
     results = measured(records, name, dataset_id)
-    head = metadata(records, repo_id, options, results, samples)
-    body, printed = render(template_of(records), _context(records, repo_id, options, results, pictures))
-    text = f"---\n{head.to_yaml(line_break=None)}\n---\n\n{body}"
+    text, printed = card_text(records, repo_id, options, results, pictures, samples)
     _write_records(records, printed)
     _write_eval_results(export, results)
     card = export / "README.md"
@@ -71,6 +69,32 @@ def write_card(
     partial.write_text(text, encoding="utf-8")
     partial.replace(card)
     return card
+
+
+def card_text(
+    records: Records,
+    repo_id: str,
+    options: CardOptions,
+    results: Sequence[Result] = (),
+    pictures: Sequence[Picture] = (),
+    samples: Sequence[str] = (),
+) -> tuple[str, list[Fact]]:
+    """Return the whole card, front matter and all, and the facts it prints.
+
+    Args:
+        records: of the export.
+        repo_id: ORG/NAME.
+        options: of the author.
+        results: from `measured`.
+        pictures: of the repository, shown in this order.
+        samples: paths of pictures in the repository, for the widget.
+
+    Raises:
+        ValueError: as `write_card`.
+    """
+    head = metadata(records, repo_id, options, results, samples)
+    body, printed = render(template_of(records), _context(records, repo_id, options, results, pictures))
+    return f"---\n{head.to_yaml(line_break=None)}\n---\n\n{body}", printed
 
 
 def templates_folder() -> Path:
@@ -136,7 +160,7 @@ def render(template: str, context: Mapping[str, Any]) -> tuple[str, list[Fact]]:
 
 
 def _context(
-    records: Records, repo_id: str, options: CardOptions, results: Sequence[Any], pictures: Sequence[Any]
+    records: Records, repo_id: str, options: CardOptions, results: Sequence[Result], pictures: Sequence[Picture]
 ) -> dict[str, Any]:
     name, dataset_id = data_name(records, options)
     licence = terms(records, options)
@@ -245,7 +269,7 @@ def _write_records(records: Records, printed: Sequence[Fact]) -> None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records.rows))
 
 
-def _write_eval_results(export: Path, results: Sequence[Any]) -> None:
+def _write_eval_results(export: Path, results: Sequence[Result]) -> None:
     folder = export / ".eval_results"
     if folder.is_dir():
         shutil.rmtree(folder)

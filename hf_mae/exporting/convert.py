@@ -87,8 +87,9 @@ def convert(
             `hf-hub:ORG/NAME` and `ORG/NAME@REVISION`) of a plain ViT of timm or of transformers' ViTMAE.
         out: the folder to write.
         id2label: names of the classes 0 to n - 1; else the source's, ImageNet's for the official classifiers.
-        license: of the weights, as the Hub names it. That of the official weights and their known copies is
-            known and cannot be changed; of others None is recorded, and a card then asks for it.
+        license: of the weights, as the Hub names it. That of the official weights and their known copies is known, and
+            non-commercial terms cannot be changed; None is the source's own (a timm folder may name one), and where it
+            has none that is recorded, and a card asks for it.
         overwrite: replace a folder that this function did not write.
         say: takes lines for the user.
         overrides: fields of `MAEConfig` that the weights do not show, such as `norm_pix_loss`.
@@ -327,14 +328,15 @@ def _is_sincos(config: MAEConfig, weights: Mapping[str, Tensor]) -> bool:
 
 
 def _license(foreign: _Foreign, given: str | None, say: Callable[[str], None]) -> str | None:
-    known = foreign.license
-    if known is not None and given is not None and given != known:
+    stated = foreign.license
+    if stated is not None and given not in (None, stated) and "-nc" in stated:
         raise ValueError(
-            f"license={given!r} cannot be given to {foreign.name}, whose authors license it as {known}; leave it out."
+            f"license={given!r} cannot be given to {foreign.name}, whose authors license it as {stated}: "
+            "non-commercial terms stay; leave it out."
         )
-    if known is None and given is None:
+    if stated is None and given is None:
         say(f"the licence of {foreign.name} is not known; a card will ask for it (--license NAME records it here)")
-    return known or given
+    return given or stated
 
 
 @torch.no_grad()

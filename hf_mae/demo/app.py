@@ -176,7 +176,6 @@ def _classification(gr: Any, classifier: Classifier, examples: Sequence[Path]) -
 
 def _picture(gr: Any) -> Any:
     """Make the input for a picture, which hands over the file as it is: decoding it is ours, as in training."""
-
     picture = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Picture", height=320)
     read = picture.preprocess
 

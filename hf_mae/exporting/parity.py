@@ -23,13 +23,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_mae.data.images import decode_image, eval_image
+from hf_mae.data.images import Pixels, decode_image, eval_image, resize_to_cover, to_array
 from hf_mae.exporting import check
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 """Largest difference allowed, absolute up to 1, then relative to the largest output."""
-PIXEL_TOLERANCE = {"pil": 1e-6, "default": 1 / 255 + 1e-6}
-"""The same for the image processor, of pixels in [0, 1]: the default one resizes with other rounding than Pillow."""
+PIXEL_TOLERANCE = {"pil": 1e-6, "default": 2 / 255 + 1e-6}
+"""The same for the image processor, of pixels in [0, 1]: the default one resizes with other rounding than Pillow, which
+moves a pixel by 1 of 255, and by 2 where a picture is enlarged."""
 
 Outputs = dict[str, Tensor]
 
@@ -88,9 +89,33 @@ def prepare(picture: Image.Image, size: tuple[int, int], crop_pct: float | None 
     A picture of exactly this size would be left as it is by our evaluation, and never by an image processor; here it is
     treated as any other.
     """
+    return _pixels(eval_image(picture, size, _crop_pct(picture, size, crop_pct)))
+
+
+def prepare_rounding_down(picture: Image.Image, size: tuple[int, int]) -> tuple[Tensor, list[int]]:
+    """Return what `prepare` does where half a pixel of the border is rounded down, and how far that moves the crop.
+
+    Our evaluation rounds it to even, as torchvision does; the image processors of transformers round down, so that some
+    of their crops lie one pixel higher or further left.
+
+    Returns:
+        float32 [C, H, W] in [0, 1], and (rows, columns), each 0 or 1.
+    """
+    covering = resize_to_cover(picture, size, _crop_pct(picture, size, None))
+    border = covering.height - size[0], covering.width - size[1]
+    top, left = border[0] // 2, border[1] // 2
+    crop = covering.crop((left, top, left + size[1], top + size[0]))
+    return _pixels(to_array(crop)), [round(side / 2) - side // 2 for side in border]
+
+
+def _crop_pct(picture: Image.Image, size: tuple[int, int], crop_pct: float | None) -> float | None:
     if crop_pct is None and (picture.height, picture.width) == size:
-        crop_pct = 224 / 256 if max(size) <= 224 else 1.0
-    return torch.from_numpy(np.ascontiguousarray(eval_image(picture, size, crop_pct))).float() / 255
+        return 224 / 256 if max(size) <= 224 else 1.0
+    return crop_pct
+
+
+def _pixels(image: Pixels) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image)).float() / 255
 
 
 def example_pixels(real: Tensor, mean: Any, std: Any) -> Tensor:

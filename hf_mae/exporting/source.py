@@ -24,6 +24,7 @@ from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD
 from hf_mae.run import model_folder
 from hf_mae.training.tasks import EncoderTask
 
+Target = Literal["auto", "vit_mae", "vit", "beit", "timm", "onnx", "hf_mae"]
 Weights = Literal["last", "best", "average"]
 Say = Callable[[str], None]
 
@@ -145,7 +146,7 @@ def _of_instance(model: nn.Module, weights: Weights, processor: Mapping[str, Any
         raise ValueError(f"weights={weights!r} is for run folders, and model is an object; leave it out")
     copy = type(model)(MAEConfig.from_dict(model.config.to_dict()))
     copy.load_state_dict({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
-    name = Path(model.name_or_path).name or type(model).__name__
+    name = Path(model.name_or_path or "").name or type(model).__name__
     return Source(copy, Origin(name), _processor(copy, None, processor, say), given=processor is not None)
 
 

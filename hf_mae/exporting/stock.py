@@ -189,7 +189,7 @@ def fold_batch_norm(model: MAEForImageClassification) -> MAEForImageClassificati
     norm, linear = cast(nn.BatchNorm1d, model.head[0]), cast(nn.Linear, model.head[1])
     scale = (cast(Tensor, norm.running_var).double() + norm.eps).rsqrt()  # [D]
     weight = (linear.weight.double() * scale).float()
-    # By the rounded weights: their error is then multiplied by what a feature differs from its mean, not by the feature.
+    # By the rounded weights, whose error then counts by how far a feature is from its mean, not from 0.
     bias = linear.bias.double() - weight.double() @ cast(Tensor, norm.running_mean).double()
     folded = MAEForImageClassification(MAEConfig.from_dict(model.config.to_dict() | {"head": "linear"}))
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}

@@ -24,48 +24,33 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 import hf_mae
+from hf_mae.exporting.checked import write_json, write_stock
 from hf_mae.exporting.folders import new_folder
 from hf_mae.exporting.parity import (
-    PIXEL_TOLERANCE,
     TOLERANCE,
     Outputs,
-    Request,
-    Stranger,
-    compare,
-    compare_processor,
     decoded,
     example_pixels,
     flower,
     largest_difference,
     ours,
     prepare,
-    run_stock,
 )
-from hf_mae.exporting.source import Source, Weights, read
-from hf_mae.exporting.stock import (
-    BATCH_NORM,
-    Stock,
-    as_beit_encoder,
-    as_classifier,
-    as_vit_encoder,
-    as_vit_mae,
-    fold_batch_norm,
-)
-from hf_mae.exporting.timm_vit import as_timm
+from hf_mae.exporting.questions import logits, noise, reconstruction, tokens
+from hf_mae.exporting.source import Say, Source, Target, Weights, read
+from hf_mae.exporting.stock import as_classifier, as_vit_encoder, fold_batch_norm
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTrainedModel
 from hf_mae.models.timm_models import write_timm_folder
-
-Target = Literal["auto", "vit_mae", "vit", "beit", "timm", "onnx", "hf_mae"]
 
 RECORD = "export.json"
 """Tells a folder as an export."""
@@ -153,7 +138,8 @@ def _resolve(source: Source, target: Target) -> Target:
             raise ValueError(f"target='vit_mae' has no head for classes, and this is a classifier; use {fits!r}")
         if target in ("beit", "vit") and target != fits:
             raise ValueError(
-                f"pool={config.pool!r} is not how {target!r} pools its tokens; use target {fits!r}, which does, or 'timm'"
+                f"pool={config.pool!r} is not how {target!r} pools its tokens; use target {fits!r}, which does, or "
+                "'timm'"
             )
         return fits if target == "auto" else target
     if isinstance(model, MAEForPreTraining):
@@ -169,19 +155,15 @@ def _resolve(source: Source, target: Target) -> Target:
     return "vit" if target == "auto" else target
 
 
-def _write(
-    source: Source, target: Target, folder: Path, picture: Path, code: bool, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _write(source: Source, target: Target, folder: Path, picture: Path, code: bool, say: Say) -> dict[str, Any]:
     """Write the folder, check it, and return its record."""
     if target == "hf_mae":
         record = _write_research(source, folder, code, picture)
     elif target == "onnx":
         record = _write_onnx(source, folder)
     else:
-        record = _write_stock(source, target, folder, picture, say)
+        record = write_stock(source, target, folder, picture, say)
     versions = {"hf_mae": hf_mae.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    if source.given:
-        record["changes"].append("the image processor is the one that was given, not that of our evaluation")
     return {
         "format": FORMAT,
         "target": target,
@@ -198,171 +180,6 @@ def _write(
     }
 
 
-# ------------------------------------------------------------------------------------------------ stock classes
-
-
-def _write_stock(
-    source: Source, target: Target, folder: Path, picture: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
-    model, changes = source.model, []
-    if isinstance(model, MAEForImageClassification) and model.config.head == "batchnorm":
-        model, changes = fold_batch_norm(model), [BATCH_NORM]
-    if target == "timm":
-        name, extra = _write_timm(source, model, folder)
-    else:
-        stock = _stock(model, target, source.bce)
-        name, extra = stock.architecture, stock.changes
-        _write_transformers(stock, folder, source.processor)
-    library = "timm" if target == "timm" else "transformers"
-    request, forward, what = _question(source, model, target, library)
-
-    image = decoded(picture, source.channels)
-    mean, std = source.processor["image_mean"], source.processor["image_std"]
-    prepared = prepare(image, source.size, source.crop_pct)
-    pixels = example_pixels(prepared, mean, std)
-    inputs: Outputs = {"pixel_values": pixels}
-    if target == "vit_mae":
-        inputs["noise"] = _noise(pixels, cast(MAEPreTrainedModel, model))
-    mine = ours(model, forward, inputs)
-    stranger = run_stock(folder, request, inputs, picture, image)
-    parity: dict[str, Any] = dict(compare(mine, stranger))
-    if model is not source.model:
-        parity["folding"] = _check_folding(ours(source.model, forward, inputs), mine)
-    parity |= {"images": len(pixels), "what": what, "tolerance": _tolerances("folding" in parity)}
-    processor = compare_processor(prepared, stranger, mean, std)
-    _check_processor(processor, source, say)
-    if source.channels != 3:
-        say(
-            f"the stock pipelines read pictures in colour and this model takes {source.channels} channel(s), so that "
-            "they, and the Hub's widget, cannot show it"
-        )
-    return {
-        "class": name,
-        "library": library,
-        "task": request.pipeline,
-        "parity": parity,
-        "processor": processor,
-        "pipeline": None
-        if stranger.pipeline is None
-        else {"task": request.pipeline, "picture": picture.name, **stranger.pipeline},
-        "changes": [*changes, *extra],
-        "versions": stranger.versions,
-    }
-
-
-def _stock(model: nn.Module, target: Target, bce: bool) -> Stock:
-    ours = cast(MAEPreTrainedModel, model)
-    if isinstance(ours, MAEForImageClassification):
-        return as_classifier(ours, problem_type="multi_label_classification" if bce else None)
-    if target == "vit_mae":
-        return as_vit_mae(cast(MAEForPreTraining, ours))
-    return as_vit_encoder(ours) if target == "vit" else as_beit_encoder(ours)
-
-
-def _write_transformers(stock: Stock, folder: Path, processor: Mapping[str, Any]) -> None:
-    _write_json(folder / "config.json", stock.config_json())
-    _write_json(folder / "preprocessor_config.json", processor)
-    # Copies, since queries, keys and values share the memory of one tensor of ours.
-    weights = {name: tensor.detach().clone() for name, tensor in stock.weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _write_timm(source: Source, model: nn.Module, folder: Path) -> tuple[str, list[str]]:
-    if source.spec is None:
-        changes = as_timm(cast(MAEPreTrainedModel, model), folder, source.processor, bce=source.bce)
-    else:
-        write_timm_folder(folder, source.spec, model.state_dict())
-        changes = []
-    return json.loads((folder / "config.json").read_text())["architecture"], changes
-
-
-def _question(
-    source: Source, model: nn.Module, target: Target, library: str
-) -> tuple[Request, Callable[[nn.Module, Outputs], Outputs], str]:
-    """Return what a stranger is asked, how we answer it ourselves, and what that is in words."""
-    pipelines = source.channels == 3  # they read every picture in colour
-    if source.spec is not None or isinstance(model, MAEForImageClassification):
-        task = "image-classification" if pipelines else None
-        request = Request(library, "AutoModelForImageClassification", ("logits",), {}, task)
-        return request, _logits, "logits"
-    if target == "vit_mae":
-        request = Request(library, "AutoModelForPreTraining", ("loss", "logits", "mask"), {}, None)
-        return request, _reconstruction, "loss, predicted patches and mask, under the same noise"
-    task = "image-feature-extraction" if pipelines else None
-    if target == "vit":
-        request = Request(library, "AutoModel", ("last_hidden_state",), {"add_pooling_layer": False}, task)
-        return request, _tokens, "last_hidden_state, all tokens after the final norm"
-    request = Request(library, "AutoModel", ("last_hidden_state", "pooler_output"), {}, task)
-    if target == "beit":
-        return request, _norm_after_mean, "last_hidden_state before the final norm; pooler_output, the norm of its mean"
-    return request, _tokens, "last_hidden_state after the final norm; pooler_output, our forward_features"
-
-
-def _noise(pixels: Tensor, model: MAEPreTrainedModel) -> Tensor:
-    return torch.rand(len(pixels), model.config.num_patches, generator=torch.Generator().manual_seed(1))
-
-
-def _logits(model: nn.Module, inputs: Outputs) -> Outputs:
-    out = model(inputs["pixel_values"])
-    return {"logits": out if isinstance(out, Tensor) else out.logits}
-
-
-def _reconstruction(model: nn.Module, inputs: Outputs) -> Outputs:
-    out = model(**inputs)
-    return {"loss": out.loss, "logits": out.pred, "mask": out.mask}
-
-
-def _tokens(model: nn.Module, inputs: Outputs) -> Outputs:
-    encoder = cast(MAEPreTrainedModel, model)
-    pixels = inputs["pixel_values"]
-    return {"last_hidden_state": _encode(encoder, pixels)[1], "pooler_output": encoder.forward_features(pixels)}
-
-
-def _norm_after_mean(model: nn.Module, inputs: Outputs) -> Outputs:
-    encoder = cast(MAEPreTrainedModel, model)
-    tokens = _encode(encoder, inputs["pixel_values"])[0]
-    return {"last_hidden_state": tokens, "pooler_output": encoder.norm(tokens[:, 1:].mean(dim=1))}
-
-
-def _encode(model: MAEPreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tokens before and after the final norm."""
-    pos_embed = model.positions(model.pos_embed, model.grid_of(pixels), None)
-    out = model.encode(model.patchify(pixels), pos_embed, output_hidden_states=True)
-    return cast("tuple[Tensor, ...]", out.hidden_states)[-1], cast(Tensor, out.last_hidden_state)
-
-
-def _check_folding(unfolded: Outputs, folded: Outputs) -> float:
-    """Return how much rounding the folded head to float32 moved the logits."""
-    expected, found = unfolded["float64.logits"], folded["float64.logits"]
-    difference, limit = (
-        largest_difference(expected, found),
-        TOLERANCE["float32"] * max(1.0, float(expected.abs().max())),
-    )
-    if not difference <= limit:
-        raise RuntimeError(
-            f"folding the batch normalisation into the head moves the logits by {difference:.3g}, more than {limit:.3g}:"
-            " a feature hardly varies (running_var near 0), so that float32 cannot hold the folded head. The export is "
-            "not kept; use target 'hf_mae'"
-        )
-    return difference
-
-
-def _tolerances(folded: bool) -> dict[str, Any]:
-    relative = "absolute up to 1, then relative to the largest output"
-    return TOLERANCE | ({"folding": TOLERANCE["float32"]} if folded else {}) | {"of": relative}
-
-
-def _check_processor(found: Mapping[str, float | None], source: Source, say: Callable[[str], None]) -> None:
-    for backend, difference in found.items():
-        if difference is None or difference <= PIXEL_TOLERANCE[backend]:
-            continue
-        say(
-            f"warning: pictures prepared by the {backend} image processor differ from our evaluation by up to "
-            f"{difference:.3g} of 1, so that its accuracy may differ from what was measured"
-            + ("" if source.given else "; see `processor` in export.json")
-        )
-
-
 # ------------------------------------------------------------------------------------------------ other folders
 
 
@@ -373,18 +190,19 @@ def _write_research(source: Source, folder: Path, code: bool, picture: Path) -> 
     model.config.save_pretrained(folder)
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "preprocessor_config.json", source.processor)
+    write_json(folder / "preprocessor_config.json", source.processor)
     read_back = type(model).from_pretrained(folder)
     if changed := [name for name, tensor in read_back.state_dict().items() if not torch.equal(tensor, weights[name])]:
         raise RuntimeError(f"{changed[0]} was not written as it is; check the disk and export again")
     prepared = prepare(decoded(picture, source.channels), source.size)
     pixels = example_pixels(prepared, source.processor["image_mean"], source.processor["image_std"])
-    inputs, forward, what = {"pixel_values": pixels}, _tokens, "tokens and features"
+    inputs: Outputs = {"pixel_values": pixels}
+    forward, what = tokens, "tokens and features"
     if isinstance(model, MAEForImageClassification):
-        forward, what = _logits, "logits"
+        forward, what = logits, "logits"
     elif isinstance(model, MAEForPreTraining):
-        inputs["noise"] = _noise(pixels, model)
-        forward, what = _reconstruction, "loss, predicted patches and mask, under the same noise"
+        inputs["noise"] = noise(pixels, model)
+        forward, what = reconstruction, "loss, predicted patches and mask, under the same noise"
     mine, theirs = (ours(one, forward, inputs) for one in (model, read_back))
     changes = []
     if code:
@@ -423,8 +241,8 @@ def _write_onnx(source: Source, folder: Path) -> dict[str, Any]:
         write_timm_folder(folder, source.spec, model.state_dict())
         (folder / "model.safetensors").unlink()
     else:
-        _write_json(folder / "config.json", _onnx_config(source, model))
-        _write_json(folder / "preprocessor_config.json", source.processor)
+        write_json(folder / "config.json", _onnx_config(source, model))
+        write_json(folder / "preprocessor_config.json", source.processor)
     task = "image-classification" if classifies else "image-feature-extraction"
     return _unchecked(type(model).__name__, "onnx", changes) | {"parity": parity, "task": task}
 
@@ -445,10 +263,6 @@ def _encoder_of(model: MAEForPreTraining) -> MAEModel:
 def _unchecked(name: str, library: str, changes: list[str]) -> dict[str, Any]:
     """Return the record of a folder that stock classes do not read."""
     return {"class": name, "library": library, "task": None, "processor": None, "pipeline": None, "changes": changes}
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _summary(record: Mapping[str, Any]) -> str:

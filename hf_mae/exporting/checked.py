@@ -1,0 +1,164 @@
+"""A folder of a stock class: written, then loaded and run by a process that does not know us."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import save_file
+from torch import nn
+
+from hf_mae.exporting.parity import (
+    PIXEL_TOLERANCE,
+    TOLERANCE,
+    Outputs,
+    compare,
+    compare_processor,
+    decoded,
+    example_pixels,
+    largest_difference,
+    ours,
+    prepare,
+    prepare_rounding_down,
+    run_stock,
+)
+from hf_mae.exporting.questions import noise, question
+from hf_mae.exporting.source import Say, Source, Target
+from hf_mae.exporting.stock import (
+    BATCH_NORM,
+    Stock,
+    as_beit_encoder,
+    as_classifier,
+    as_vit_encoder,
+    as_vit_mae,
+    fold_batch_norm,
+)
+from hf_mae.exporting.timm_vit import as_timm
+from hf_mae.models.modeling_classification import MAEForImageClassification
+from hf_mae.models.modeling_mae import MAEForPreTraining, MAEPreTrainedModel
+from hf_mae.models.timm_models import write_timm_folder
+
+FOLDING_TOLERANCE = 1e-4
+"""Largest move of a logit by rounding the weights of a folded head to float32, in float64; relative above 1."""
+
+
+def write_stock(source: Source, target: Target, folder: Path, picture: Path, say: Say) -> dict[str, Any]:
+    """Write the files of a stock class, check them, and return their part of export.json.
+
+    Raises:
+        ValueError: the target cannot express the model.
+        RuntimeError: the folder cannot be loaded, or computes something else.
+    """
+    model, changes = source.model, []
+    if isinstance(model, MAEForImageClassification) and model.config.head == "batchnorm":
+        model, changes = fold_batch_norm(model), [BATCH_NORM]
+    if target == "timm":
+        name, extra = _write_timm(source, model, folder)
+    else:
+        stock = _stock(model, target, source.bce)
+        name, extra = stock.architecture, stock.changes
+        _write_transformers(stock, folder, source.processor)
+    library = "timm" if target == "timm" else "transformers"
+    request, forward, what = question(model, target, source.channels)
+
+    image = decoded(picture, source.channels)
+    mean, std = source.processor["image_mean"], source.processor["image_std"]
+    prepared, shift = prepare(image, source.size, source.crop_pct), [0, 0]
+    pixels = example_pixels(prepared, mean, std)
+    inputs: Outputs = {"pixel_values": pixels}
+    if target == "vit_mae":
+        inputs["noise"] = noise(pixels, cast(MAEPreTrainedModel, model))
+    mine = ours(model, forward, inputs)
+    stranger = run_stock(folder, request, inputs, picture, image)
+    parity: dict[str, Any] = dict(compare(mine, stranger))
+    if model is not source.model:
+        parity["folding"] = _check_folding(ours(source.model, forward, inputs), mine)
+    parity |= {"images": len(pixels), "what": what, "tolerance": _tolerances("folding" in parity)}
+    if library == "transformers":
+        prepared, shift = prepare_rounding_down(image, source.size)
+    processor: dict[str, Any] = compare_processor(prepared, stranger, mean, std)
+    changes += _judge_processor(processor, source, say)
+    processor["shift"] = shift
+    if source.channels != 3:
+        say(
+            f"the stock pipelines read pictures in colour and this model takes {source.channels} channel(s), so that "
+            "they, and the Hub's widget, cannot show it"
+        )
+    return {
+        "class": name,
+        "library": library,
+        "task": request.pipeline,
+        "parity": parity,
+        "processor": processor,
+        "pipeline": None
+        if stranger.pipeline is None
+        else {"task": request.pipeline, "picture": picture.name, **stranger.pipeline},
+        "changes": [*changes, *extra],
+        "versions": stranger.versions,
+    }
+
+
+def _stock(model: nn.Module, target: Target, bce: bool) -> Stock:
+    ours = cast(MAEPreTrainedModel, model)
+    if isinstance(ours, MAEForImageClassification):
+        return as_classifier(ours, problem_type="multi_label_classification" if bce else None)
+    if target == "vit_mae":
+        return as_vit_mae(cast(MAEForPreTraining, ours))
+    return as_vit_encoder(ours) if target == "vit" else as_beit_encoder(ours)
+
+
+def _write_transformers(stock: Stock, folder: Path, processor: Mapping[str, Any]) -> None:
+    write_json(folder / "config.json", stock.config_json())
+    write_json(folder / "preprocessor_config.json", processor)
+    # Copies, since queries, keys and values share the memory of one tensor of ours.
+    weights = {name: tensor.detach().clone() for name, tensor in stock.weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_timm(source: Source, model: nn.Module, folder: Path) -> tuple[str, list[str]]:
+    if source.spec is None:
+        changes = as_timm(cast(MAEPreTrainedModel, model), folder, source.processor, bce=source.bce)
+    else:
+        write_timm_folder(folder, source.spec, model.state_dict())
+        changes = []
+    return json.loads((folder / "config.json").read_text())["architecture"], changes
+
+
+def _check_folding(unfolded: Outputs, folded: Outputs) -> float:
+    """Return how far rounding the folded head to float32 moved the logits."""
+    expected, found = unfolded["float64.logits"], folded["float64.logits"]
+    difference, limit = largest_difference(expected, found), FOLDING_TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not difference <= limit:
+        raise RuntimeError(
+            f"folding the batch normalisation into the head moves the logits by {difference:.3g}, more than "
+            f"{limit:.3g}: a feature hardly varies (running_var near 0), and float32 cannot hold its folded weights. "
+            "The export is not kept; use target 'hf_mae'"
+        )
+    return difference
+
+
+def _tolerances(folded: bool) -> dict[str, Any]:
+    relative = "absolute up to 1, then relative to the largest output"
+    return TOLERANCE | ({"folding": FOLDING_TOLERANCE} if folded else {}) | {"of": relative}
+
+
+def _judge_processor(found: Mapping[str, float | None], source: Source, say: Say) -> list[str]:
+    """Return what is to be known about the image processor: sentences, which are said as well."""
+    notes = []
+    for backend, difference in found.items():
+        if difference is not None and difference > PIXEL_TOLERANCE[backend]:
+            why = "; it was given" if source.given else "; it has no way to crop a picture that is not square as we do"
+            notes.append(
+                f"pictures prepared by the {backend} image processor differ from those of our evaluation by up to "
+                f"{difference:.2g} of the range of a pixel{why}: the accuracy may differ from what was measured"
+            )
+    for note in notes:
+        say(f"warning: {note}")
+    return notes
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a file of JSON, for people to read."""
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -89,7 +89,9 @@ def draw_pictures(records: Records, options: CardOptions, samples: Sequence[str]
         return folder / name
 
     if samples and records.export["class"] in ("ViTMAEForPreTraining", "MAEForPreTraining"):
-        path = add("reconstruction.png", "Reconstruction of pictures the model was not trained on.")
+        path = add(
+            "reconstruction.png", "Reconstruction of pictures that the author gave; the seed of the mask is fixed."
+        )
         _draw_reconstruction(records, [records.folder / s for s in samples], path)
     if any(row.get("loss") is not None for row in records.rows):
         _draw_learning(records, add("learning.png", "Training loss, and what was measured on the way."))

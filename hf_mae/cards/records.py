@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from hf_mae.cards.vocabulary import is_hub_id
+from hf_mae.exporting.official import LICENSE, is_copy
 from hf_mae.training.monitors import read_rows
 
 PRIVATE = frozenset({"pids", "hostname", "host", "user", "command"})
@@ -195,14 +196,10 @@ def _ancestors(init_from: str) -> list[Ancestor]:
         if license_id is None and card.is_file():
             license_id, source = ModelCard.load(card).data.get("license"), "the card of what it was trained from"
         if license_id is None and is_official(path.name):
-            license_id, source = OFFICIAL_LICENSE, "the LICENSE of facebookresearch/mae"
+            license_id, source = LICENSE, "the LICENSE of facebookresearch/mae"
         found.append(Ancestor(path.name, False, recipe.get("name"), license_id, source))
         init_from = recipe.get("init_from") or ""
     return found
-
-
-OFFICIAL_LICENSE = "cc-by-nc-4.0"
-"""Of facebookresearch/mae, weights included, whatever the cards of copies say."""
 
 
 def is_official(name: str) -> bool:
@@ -210,14 +207,14 @@ def is_official(name: str) -> bool:
     name = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     return (
         re.search(r"mae_(?:pretrain|finetuned|visualize)_vit_", name) is not None
-        or name.startswith("facebook/vit-mae-")
-        or re.match(r"(?:timm/)?vit_(?:base|large|huge)_patch1[46](?:_gap)?_\d+\.mae", name) is not None
+        or is_copy(name)
+        or ("/" not in name and is_copy(f"timm/{name}"))
     )
 
 
 def _known(name: str) -> Ancestor:
     if is_official(name):
-        return Ancestor(name, is_hub_id(name), None, OFFICIAL_LICENSE, "the LICENSE of facebookresearch/mae")
+        return Ancestor(name, is_hub_id(name), None, LICENSE, "the LICENSE of facebookresearch/mae")
     plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     if is_hub_id(plain) and not name.startswith((".", "~")):
         return Ancestor(plain, True)

@@ -73,12 +73,12 @@ def measured(records: Records, data: str, dataset_id: str | None) -> list[Result
         for value in numbers:
             name = value.source.rsplit(" ", 1)[-1]
             split = "training images" if name == "loss" else split_words(records.recipe)
-            count = None if name in ("loss", "rankme") else images
+            count = None if name in ("loss", "rankme") else images or _monitored(records)
             found.append(_result(name, value, data, dataset_id, revision, split, count, weights_words(records)))
     for extra in records.evaluated:
         file = f"evaluation {extra.name}/summary.json"
         where = str(extra.summary.get("data", "")).rstrip("/").rsplit("/", 1)[-1] or extra.name
-        own = dataset_id is not None and extra.summary.get("data") == dataset_id
+        own = extra.summary.get("data") == records.recipe.get("data", {}).get("path")
         split = extra.summary.get("split") or extra.summary.get("splits") or "split not recorded"
         size = maybe(extra.summary, "image_size", file)
         shown = "x".join(map(str, size.value)) if size else ""
@@ -87,10 +87,24 @@ def measured(records: Records, data: str, dataset_id: str | None) -> list[Result
             value = maybe(extra.summary, f"numbers.{name}", file, METRICS[name][2])  # type: ignore[arg-type]
             if value is not None:
                 row = _result(
-                    name, value, where, dataset_id if own else None, None, split, count, weights_words(records), shown
+                    name,
+                    value,
+                    data if own else where,
+                    dataset_id if own else None,
+                    None,
+                    split,
+                    count,
+                    weights_words(records),
+                    shown,
                 )
                 found.append(row)
     return found
+
+
+def _monitored(records: Records) -> Fact | None:
+    """Return on how many images the monitors of pretraining were measured, at most."""
+    most = maybe(records.recipe, "evals.test_examples", "recipe.json", "count")
+    return None if most is None else Fact(f"at most {most}", most.source)
 
 
 def _result(

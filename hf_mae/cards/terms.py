@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from hf_mae.cards.options import CardOptions
-from hf_mae.cards.records import OFFICIAL_LICENSE, Records, is_official
+from hf_mae.cards.records import Records, is_official
 from hf_mae.cards.results import Result
 from hf_mae.cards.vocabulary import LICENSES, is_hub_id, is_noncommercial
+from hf_mae.exporting.official import LICENSE
 
 NO_PIPELINE = frozenset({"ViTMAEForPreTraining", "MAEForPreTraining"})
 """Classes without a task of the Hub: the stock pipeline masks and shuffles at random, so that its features are none."""
@@ -37,7 +39,7 @@ def terms(records: Records, options: CardOptions) -> Terms:
         inherited.append((given, "conversion.json"))
     inherited += [(a.license, f"{a.name}: {a.license_source}") for a in records.ancestors if a.license]
     if options.base_model and is_official(options.base_model):
-        inherited.append((OFFICIAL_LICENSE, f"{options.base_model}: the LICENSE of facebookresearch/mae"))
+        inherited.append((LICENSE, f"{options.base_model}: the LICENSE of facebookresearch/mae"))
     bound = next(((name, where) for name, where in inherited if is_noncommercial(name)), None)
     chosen = options.license
     if chosen is not None and chosen not in LICENSES:
@@ -126,7 +128,7 @@ def metadata(
         EvalResult(
             task_type="image-classification",
             task_name="Image classification",
-            dataset_type=r.dataset_id or r.data,
+            dataset_type=r.dataset_id or re.sub(r"[^a-z0-9]+", "-", r.data.lower()).strip("-"),
             dataset_name=r.data,
             dataset_split=r.split,
             dataset_revision=r.revision,

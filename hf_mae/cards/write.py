@@ -17,7 +17,7 @@ from hf_mae.cards.facts import NOT_MEASURED, Fact, maybe
 from hf_mae.cards.options import CardOptions
 from hf_mae.cards.pictures import Picture, copy_samples, draw_pictures
 from hf_mae.cards.records import Records, published, read_records
-from hf_mae.cards.results import Result, evaluations_before_best, measured
+from hf_mae.cards.results import Result, evaluations_before_best, measured, weights_words
 from hf_mae.cards.tables import (
     architecture_table,
     data_table,
@@ -181,6 +181,7 @@ def _context(
         "classifies": _classifies(records),
         "grey": config.get("num_channels") == 1,
         "has_run": bool(records.recipe),
+        "exported_weights": weights_words(records),
         "data": name,
         "dataset_id": dataset_id or "",
         "licence": licence,

@@ -39,7 +39,7 @@ class Official:
 
 def _of_size(
     name: str, width: int, md5: tuple[str, str], ft: float, pixel: float, probe: float, top: tuple[float, ...]
-):
+) -> list[Official]:
     reported = {FINE_TUNED: ft, PROBED: probe}
     labels = ("ImageNet-1k top-1, %", "ImageNet-1k top-5, %", "ImageNet-1k loss")
     measured = {f"{label} (FINETUNE.md of the authors)": value for label, value in zip(labels, top, strict=True)}

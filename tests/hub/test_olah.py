@@ -20,16 +20,22 @@ from tests.hub.conftest import absent, clean_environment
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 
-@pytest.fixture
-def mirror(hub, tmp_path):
-    """The address of an olah in front of `hub` (HF_MAE_OLAH names its olah-cli: its pins want a place of their own)."""
+@pytest.fixture(scope="session")
+def olah():
+    """The command of olah (HF_MAE_OLAH names it: its pins want an environment of their own)."""
     command = os.environ.get("HF_MAE_OLAH") or shutil.which("olah-cli")
     if command is None:
         absent("needs olah-cli (pip install olah, in an environment of its own; HF_MAE_OLAH names the command)")
+    return command
+
+
+@pytest.fixture
+def mirror(olah, hub, tmp_path):
+    """The address of an olah in front of `hub`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     near, store = urlsplit(hub.url).netloc, urlsplit(hub.store_url).netloc
-    argv = [command, "--host", "127.0.0.1", "--port", str(port), "--repos-path", str(tmp_path / "repos")]
+    argv = [olah, "--host", "127.0.0.1", "--port", str(port), "--repos-path", str(tmp_path / "repos")]
     argv += ["--hf-scheme", "http", "--hf-netloc", near, "--hf-lfs-netloc", store, "--log-path", str(tmp_path / "logs")]
     argv += ["--mirror-scheme", "http", "--mirror-netloc", f"127.0.0.1:{port}"]
     argv += ["--mirror-lfs-netloc", f"127.0.0.1:{port}"]

@@ -52,6 +52,7 @@ try {
 		await page.getByRole("button", { name: "Classify" }).click();
 		const toast = page.locator(".toast-body").first();
 		await toast.waitFor();
+		await page.waitForTimeout(700); // it slides in
 		return toast.innerText();
 	};
 	const refused = { empty: await refusal(null), broken: await refusal(broken) };

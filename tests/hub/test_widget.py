@@ -11,7 +11,8 @@ import torch
 from transformers import BeitConfig, BeitModel, BitImageProcessor, ViTConfig, ViTForImageClassification
 
 from hf_mae import MAEForPreTraining
-from hf_mae.hub.widget import Verdict, bundled_picture, check_folder, check_remote
+from hf_mae.hub.folder_checks import bundled_picture
+from hf_mae.hub.widget import Verdict, check_folder, check_remote
 from hf_mae.models.timm_models import create, write_timm_folder
 from hf_mae.models.timm_spec import TimmSpec
 
@@ -54,7 +55,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the pipeline out: the other checks are what is tested."""
     from hf_mae.hub import widget
 
-    monkeypatch.setattr(widget, "_pipeline_check", lambda folder, task, picture: widget.Check("pipeline", True, ""))
+    monkeypatch.setattr(widget, "pipeline_check", lambda folder, task, picture: widget.Check("pipeline", True, ""))
 
 
 def _edit(path: Path, **changes: Any) -> None:

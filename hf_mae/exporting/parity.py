@@ -115,7 +115,7 @@ def _crop_pct(picture: Image.Image, size: tuple[int, int], crop_pct: float | Non
 
 
 def _pixels(image: Pixels) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image)).float() / 255
+    return torch.from_numpy(np.array(image)).float() / 255
 
 
 def example_pixels(real: Tensor, mean: Any, std: Any) -> Tensor:

@@ -45,11 +45,6 @@ def as_timm(model: MAEPreTrainedModel, folder: Path, processor: dict[str, Any], 
             f"layer_norm_eps={config.layer_norm_eps} cannot be told to timm, whose ViT has {TIMM_EPS}; use target "
             "'vit', 'beit' or 'vit_mae'"
         )
-    if int(config.hidden_size * (ratio := config.intermediate_size / config.hidden_size)) != config.intermediate_size:
-        raise ValueError(
-            f"intermediate_size={config.intermediate_size} is no multiple of hidden_size={config.hidden_size} that "
-            "timm would find again; use target 'vit' or 'beit'"
-        )
     classifier = isinstance(model, MAEForImageClassification)
     size = height_width(config.image_size)
     spec = TimmSpec(
@@ -67,7 +62,7 @@ def as_timm(model: MAEPreTrainedModel, folder: Path, processor: dict[str, Any], 
             "embed_dim": config.hidden_size,
             "depth": config.num_hidden_layers,
             "num_heads": config.num_attention_heads,
-            "mlp_ratio": ratio,
+            "mlp_ratio": _mlp_ratio(config),
             "patch_size": _listed(config.patch_size),
             "global_pool": "avg" if config.pool == "mean" else "token",
             # A norm behind the mean, in place of the one before it, is what fine-tuning has and an encoder has not.
@@ -87,6 +82,13 @@ def _architecture(config: MAEConfig) -> str:
     fit = [n for n, known in VIT_SIZES.items() if all(known[f] == getattr(config, f) for f in fields)]
     name = fit[0] if fit else "b"
     return f"vit_{NAMES[name]}_patch{VIT_SIZES[name].get('patch_size', 16)}_224"
+
+
+def _mlp_ratio(config: MAEConfig) -> float:
+    # timm cuts the product down to a whole number, which half a unit more keeps from being one too few.
+    ratio = config.intermediate_size / config.hidden_size
+    exact = int(config.hidden_size * ratio) == config.intermediate_size
+    return ratio if exact else (config.intermediate_size + 0.5) / config.hidden_size
 
 
 def _listed(size: Any) -> int | list[int]:

@@ -1,0 +1,87 @@
+"""Licences follow the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_mae.cards import CardOptions
+from hf_mae.cards.records import read_records
+from hf_mae.cards.terms import base_model, pipeline_tag, terms
+from tests.cards.conftest import change, write_json
+
+
+def test_unknown_licence_is_asked_for(export: Path, run: Path):
+    with pytest.raises(ValueError, match="--license NAME"):
+        terms(read_records(export, run), CardOptions())
+
+
+def test_licence_has_to_be_one_of_the_hub(export: Path):
+    with pytest.raises(ValueError, match="'Apache 2'"):
+        terms(read_records(export), CardOptions(license="Apache 2"))
+
+
+def test_other_needs_a_name_and_a_text(export: Path):
+    with pytest.raises(ValueError, match="--license-name"):
+        terms(read_records(export), CardOptions(license="other"))
+    told = CardOptions(license="other", license_name="mine", license_link="https://example.org/l")
+    assert terms(read_records(export), told).license == "other"
+
+
+@pytest.mark.parametrize(
+    "init_from",
+    [
+        "facebook/vit-mae-base",
+        "hf-hub:timm/vit_base_patch16_224.mae",
+        "vit_large_patch16_224.mae",
+        "weights/mae_pretrain_vit_huge.pth",
+    ],
+)
+def test_weights_that_derive_from_the_official_ones_stay_non_commercial(export: Path, run: Path, init_from: str):
+    change(run / "recipe.json", init_from=init_from)
+    records = read_records(export, run)
+    assert terms(records, CardOptions()).license == "cc-by-nc-4.0"
+    assert terms(records, CardOptions(license="cc-by-nc-sa-4.0")).license == "cc-by-nc-sa-4.0"
+    with pytest.raises(ValueError, match="non-commercial terms stay"):
+        terms(records, CardOptions(license="apache-2.0"))
+
+
+def test_non_commercial_terms_pass_through_a_run_in_between(export: Path, run: Path, tmp_path: Path):
+    first = tmp_path / "first"
+    write_json(first / "recipe.json", {"name": "pre", "init_from": str(tmp_path / "converted")})
+    write_json(tmp_path / "converted" / "conversion.json", {"license": "cc-by-nc-4.0"})
+    change(run / "recipe.json", init_from=str(first))
+    records = read_records(export, run)
+    assert [a.name for a in records.ancestors] == ["first", "converted"]
+    with pytest.raises(ValueError, match="non-commercial"):
+        terms(records, CardOptions(license="mit"))
+
+
+def test_converted_weights_keep_their_licence(export: Path):
+    write_json(export / "conversion.json", {"source": "x.pth", "license": "cc-by-nc-4.0"})
+    assert terms(read_records(export), CardOptions()).license == "cc-by-nc-4.0"
+
+
+def test_base_model_named_by_the_author_binds_as_well(export: Path):
+    with pytest.raises(ValueError, match="non-commercial"):
+        terms(read_records(export), CardOptions(license="mit", base_model="facebook/vit-mae-large"))
+
+
+def test_derivatives_of_unknown_terms_are_refused(export: Path, run: Path):
+    change(run / "recipe.json", init_from="someone/encoder")
+    with pytest.raises(ValueError, match="someone/encoder"):
+        terms(read_records(export, run), CardOptions())
+
+
+def test_base_model_is_a_hub_id_only(export: Path, run: Path):
+    change(run / "recipe.json", init_from="someone/encoder")
+    assert base_model(read_records(export, run), CardOptions()) == "someone/encoder"
+    change(run / "recipe.json", init_from="/data/encoder")
+    assert base_model(read_records(export, run), CardOptions()) is None
+
+
+@pytest.mark.parametrize(("name", "tag"), [("ViTMAEForPreTraining", None), ("ViTModel", "image-feature-extraction")])
+def test_masking_models_have_no_task(export: Path, name: str, tag: str | None):
+    change(export / "export.json", **{"class": name}, task="image-feature-extraction")
+    assert pipeline_tag(read_records(export)) == tag

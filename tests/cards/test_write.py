@@ -1,0 +1,297 @@
+"""Cards say what is on record of the exported weights, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from hf_mae.cards import CardOptions, validate_card, write_card
+from hf_mae.cards.facts import Fact, fact, maybe
+from hf_mae.cards.records import count_parameters, published, read_records, without_path
+from hf_mae.cards.tables import training_time
+from hf_mae.cards.write import render, templates_folder
+from tests.cards.conftest import change, recipe, write_json
+
+OPTIONS = CardOptions(license="apache-2.0", language=("en",))
+
+
+def _files(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _card(export: Path, run: Path | None, options: CardOptions = OPTIONS, **more) -> str:
+    return write_card(export, "org/animals", options, run=run, **more).read_text()
+
+
+def test_card_is_valid_and_its_front_matter_is_plain(export: Path, run: Path):
+    text = _card(export, run)
+    assert validate_card(text, files=_files(export)) == []
+    data = ModelCard.load(export / "README.md").data
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "transformers",
+        "image-classification",
+        "apache-2.0",
+    )
+    assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 0.7654)]
+
+
+def test_numbers_of_the_last_weights_are_those_of_their_step(export: Path, run: Path):
+    text = _card(export, run)
+    assert "| top-1 accuracy | 76.54 % | animals, validation | 12 |" in text
+    assert "last, after 30 updates" in text
+    assert "81.23" not in text
+    assert "best of" not in text
+
+
+def test_numbers_of_the_best_weights_come_with_how_they_were_chosen(export: Path, run: Path):
+    change(export / "export.json", source__weights="best", source__step=20)
+    text = _card(export, run)
+    assert "| top-1 accuracy | 81.23 % | animals, validation | 12 |" in text
+    assert "best of 2 evaluations by `top1`" in text
+    assert "76.54" not in text
+    assert not (export / "pictures" / "confusion.png").exists()  # the counts on record are of other weights
+
+
+def test_weights_without_a_measurement_say_so(export: Path, run: Path):
+    change(export / "export.json", source__step=10)
+    (run / "evaluation.json").unlink()
+    text = _card(export, run)
+    assert "top-1" not in text.split("## Pictures")[0].split("## Results")[1]
+    assert "model-index" not in text
+    assert "81.23" not in text
+    assert "76.54" not in text
+
+
+def test_export_alone_makes_a_card_without_claims(export: Path):
+    text = _card(export, None)
+    assert "Accuracy of these weights: not measured" in text
+    assert "Not recorded" in text
+    assert validate_card(text, files=_files(export)) == []
+
+
+def test_every_number_of_the_tables_stands_in_the_list_of_facts(export: Path, run: Path):
+    text = _card(export, run)
+    facts = json.loads((export / "records" / "facts.json").read_text())
+    told = {entry["value"] for entry in facts}
+    assert all(entry["source"] for entry in facts)
+    body = text.split("---\n", 2)[2].split("## Citation")[0]
+    cells = [cell.strip() for line in body.splitlines() if line.startswith("| ") for cell in line.split("|")[2:-1]]
+    numbers = [cell for cell in cells if re.fullmatch(r"[-\d.,e%x ]*\d[-\d.,e%x ]*", cell)]
+    assert len(numbers) > 20
+    assert [cell for cell in numbers if cell not in told] == []
+
+
+def test_time_counts_every_start_and_no_evaluation(run: Path):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert training_time(rows) == (640 / 64 + 640 / 32 + 640 / 64, 1920)
+
+
+def test_machine_and_rates_come_from_the_records(export: Path, run: Path):
+    text = _card(export, run)
+    for line in (
+        "| highest learning rate used | 0.0005 |",
+        "| starts | 2 |",
+        "| images per second | 48 |",
+        "| time of the updates (without evaluations) | 40 s |",
+        "| precision | bfloat16 autocast |",
+        "| seed | 7 |",
+        "| images | 1,234 |",
+        "| parameters, fixed tables and statistics included | 22 |",
+        "| largest difference, float64 | 3.5e-15 |",
+        "| owl | 0.625 |",
+    ):
+        assert line in text
+
+
+def test_nothing_of_the_machine_is_published(export: Path, run: Path):
+    change(run / "recipe.json", init_from="/home/ada/secret/encoder")
+    _card(export, run)
+    for name in _files(export):
+        if not name.endswith((".png", ".safetensors")):
+            text = (export / name).read_text()
+            for private in ("/home", "/ada", "ada-", "secret", "4711", "laptop"):
+                assert private not in text, (name, private)
+    assert "`encoder`" in (export / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("/home/ada/x/photos", "photos"),
+        ("C:\\Users\\ada\\photos", "photos"),
+        ("runs/a/checkpoints/step_00000010/model", "model"),
+        ("ILSVRC/imagenet-1k", "ILSVRC/imagenet-1k"),
+        ("stratified:90/10@3334", "stratified:90/10@3334"),
+        ("rand-m9-mstd0.5", "rand-m9-mstd0.5"),
+        ("read from /home/ada/x/photos today", "read from photos today"),
+    ],
+)
+def test_paths_are_cut_to_their_last_part(before: str, after: str):
+    assert without_path(before) == after
+    assert published({"a": [before], "pids": [1]}) == {"a": [after]}
+
+
+def test_names_of_classes_may_hold_slashes():
+    assert published({"classes": ["/m/01/abc"]}) == {"classes": ["/m/01/abc"]}
+
+
+@pytest.mark.parametrize("value", [0.5, 3, None, True])
+def test_template_may_not_print_a_number_without_a_record(value):
+    with pytest.raises(ValueError, match="no fact"):
+        render("dense.md.jinja", _dense() | {"title": value})
+
+
+def test_template_may_not_print_what_it_was_not_given():
+    context = _dense()
+    del context["repo_id"]
+    with pytest.raises(ValueError, match="repo_id"):
+        render("dense.md.jinja", context)
+
+
+def test_dense_family_renders():
+    text, printed = render("dense.md.jinja", _dense())
+    assert 'pipeline("object-detection", model="org/boxes")' in text
+    assert [str(f) for f in printed] == ["41.50 %"]
+
+
+def _dense() -> dict:
+    names = "author conversion converted_from known license_name license_link base_model dataset_id data_license"
+    blank: dict = dict.fromkeys(names.split(), "")
+    lists = "architecture answers pictures data_rows training hardware preprocessing exactness changes ancestors"
+    blank |= {name: [] for name in lists.split()}
+    result = {"label": "box AP", "data": "birds", "split": "val", "resolution": "", "images": "32"}
+    result["value"] = Fact(0.415, "evaluation.json: ap", "percent")  # type: ignore[assignment]
+    return blank | {
+        "repo_id": "org/boxes",
+        "title": "Boxes",
+        "task": "object-detection",
+        "library": "transformers",
+        "cls": "X",
+        "kind": "finetune",
+        "grey": False,
+        "has_run": True,
+        "exported_weights": "last",
+        "results": [result],
+        "paper": [],
+        "licence": {"license": "mit", "why": "stated"},
+        "citations": [],
+        "not_measured": "not measured",
+        "f": {"classes": None, "best_of": None, "seed": None},
+    }
+
+
+def test_templates_hold_no_results_and_no_names_of_models():
+    for path in templates_folder().glob("*.jinja"):
+        text = re.sub(r"\{#.*?#\}", "", path.read_text(), flags=re.DOTALL)
+        prose = re.sub(r"^```.*?^```", "", text.replace("Apache-2.0", ""), flags=re.DOTALL | re.MULTILINE)
+        assert not re.search(r"\d+\.\d|\d+ ?%(?!\})", prose), path.name
+        assert not re.search(r"rexnet|resnet|vit_base|vit-b", text, re.IGNORECASE), path.name
+
+
+def test_records_without_a_number_refuse_to_give_one():
+    with pytest.raises(ValueError, match="weight_decay is not in recipe"):
+        fact({"optim": {}}, "optim.weight_decay", "recipe.json")
+    assert maybe({"optim": {"weight_decay": None}}, "optim.weight_decay", "recipe.json") is None
+    with pytest.raises(ValueError, match="not finite"):
+        Fact(float("nan"), "metrics.jsonl: last row, loss")
+
+
+def test_folder_that_is_no_export_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="hf-mae export"):
+        read_records(tmp_path)
+
+
+def test_repository_needs_an_owner(export: Path):
+    with pytest.raises(ValueError, match="ORG/NAME"):
+        write_card(export, "animals", OPTIONS)
+
+
+def test_evaluation_of_other_weights_is_refused(export: Path, run: Path, tmp_path: Path):
+    summary = {"model": str(run / "checkpoints/step_00000020/model"), "data": "x", "numbers": {"top1": 0.5}}
+    write_json(tmp_path / "other" / "summary.json", summary)
+    with pytest.raises(ValueError, match="other weights"):
+        _card(export, run, evaluations=[tmp_path / "other"])
+
+
+def test_evaluation_of_the_exported_weights_is_told(export: Path, run: Path, tmp_path: Path):
+    numbers = {"top1": 0.5432, "top5": None, "examples": 99}
+    summary = {"model": str(run / "checkpoints/step_00000030/model"), "data": "/home/ada/more", "numbers": numbers}
+    write_json(tmp_path / "test" / "summary.json", summary | {"image_size": [32, 32], "splits": None})
+    text = _card(export, run, evaluations=[tmp_path / "test"])
+    assert "| top-1 accuracy | 54.32 % | more, split not recorded at 32x32 | 99 |" in text
+
+
+def test_data_set_of_the_hub_is_linked_and_gets_an_eval_result(export: Path, run: Path):
+    change(run / "recipe.json", data={"path": "ada/animals", "splits": None})
+    text = _card(export, run)
+    assert "[ada/animals](https://huggingface.co/datasets/ada/animals)" in text
+    entries = yaml.safe_load((export / ".eval_results" / "ada--animals.yaml").read_text())
+    assert entries[0]["dataset"]["id"] == "ada/animals"
+    assert entries[0]["value"] == 0.7654
+    assert ModelCard.load(export / "README.md").data.datasets == ["ada/animals"]
+
+
+def test_samples_lose_their_metadata_and_feed_the_widget(export: Path, run: Path, tmp_path: Path):
+    picture = Image.new("RGB", (2000, 10), "red")
+    exif = Image.Exif()
+    exif[0x010E] = "taken at home"
+    picture.save(tmp_path / "my owl.jpg", exif=exif)
+    text = _card(export, run, CardOptions(license="mit", samples=(tmp_path / "my owl.jpg",)))
+    written = export / "samples" / "my_owl.jpg"
+    assert b"taken at home" not in written.read_bytes()
+    with Image.open(written) as opened:
+        assert opened.width == 1024
+    assert "src: https://huggingface.co/org/animals/resolve/main/samples/my_owl.jpg" in text
+    assert validate_card(text, files=_files(export)) == []
+    assert any("not among the files" in problem for problem in validate_card(text, files=[]))
+
+
+def test_pictures_of_the_run_are_only_shown_when_asked_for(export: Path, run: Path):
+    (run / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(run / "pictures" / "worst.png")
+    assert "worst" not in _card(export, run)
+    assert "pictures/run_worst.png" in _card(export, run, CardOptions(license="mit", run_pictures=True))
+
+
+def test_card_is_written_again_without_leftovers(export: Path, run: Path):
+    _card(export, run)
+    before = {name: (export / name).read_bytes() for name in _files(export)}
+    (export / "pictures" / "old.png").write_bytes(b"x")
+    _card(export, run)
+    assert {name: (export / name).read_bytes() for name in _files(export)} == before
+
+
+def test_parameters_are_counted_in_headers(tmp_path: Path):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert count_parameters(tmp_path) == 6
+    assert count_parameters(tmp_path / "none") is None
+
+
+def test_reconstruction_of_a_sample_is_drawn_from_the_export(tmp_path: Path, encoder: Path, export: Path):
+    change(export / "export.json", **{"class": "MAEForPreTraining"}, target="hf_mae", library="hf_mae", task=None)
+    change(export / "preprocessor_config.json", image_mean=[0.5], image_std=[0.5])
+    for name in ("config.json", "model.safetensors"):
+        (export / name).write_bytes((encoder / name).read_bytes())
+    Image.new("L", (20, 20), 90).save(tmp_path / "grey.png")
+    text = write_card(
+        export, "org/mae", CardOptions(license="mit", samples=(tmp_path / "grey.png",)), run=None
+    ).read_text()
+    assert "![Reconstruction" in text
+    assert (export / "pictures" / "reconstruction.png").stat().st_size > 500
+    assert "pipeline_tag" not in text  # features of a masking model are none
+    assert "no widget here by design" in text
+
+
+def test_recipe_of_the_fixture_is_the_shape_of_a_real_one():
+    from hf_mae.recipes.base import from_dict
+    from hf_mae.recipes.classification import ClassifierRecipe
+
+    from_dict(recipe(expected="x"), ClassifierRecipe)

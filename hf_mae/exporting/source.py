@@ -199,7 +199,13 @@ def _of_official(path: Path, processor: Mapping[str, Any] | None, say: Say) -> S
     from hf_mae.exporting.convert import convert
 
     with tempfile.TemporaryDirectory() as name:
-        folder = convert(path, Path(name) / path.stem, say=say)
+        try:
+            folder = convert(path, Path(name) / path.stem, say=say)
+        except ValueError as error:
+            raise ValueError(
+                f"{path.name} cannot be exported as it is: {error} (`hf-mae convert` takes what the file does not say; "
+                "then export the folder it writes)"
+            ) from error
         source = _of_name(str(folder), "last", processor, say)
     return replace(source, origin=replace(source.origin, name=path.name))
 

@@ -279,7 +279,7 @@ def test_an_official_file_is_converted_first(make, tmp_path, unchecked):
     path = tmp_path / "official.pth"
     args = argparse.Namespace(norm_pix_loss=True, mask_ratio=0.75)
     torch.save({"model": model.state_dict(), "args": args}, path)
-    with pytest.raises(ValueError, match="convert"):  # heads and licence are not in the file
+    with pytest.raises(ValueError, match=r"num_attention_heads is not given.*`hf-mae convert` takes"):
         export(path, tmp_path / "out")
     folder = convert(path, tmp_path / "model", num_attention_heads=4, license="mit")
     found = record(export(folder, tmp_path / "out"))

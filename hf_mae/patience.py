@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from huggingface_hub import get_token
@@ -125,12 +126,15 @@ def status_of(error: BaseException) -> int | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error that says something, without tokens."""
+    """Return what an error says in one line, without tokens and without signed addresses."""
     told = next((one for one in _chain(error) if status_of(one) is not None or isinstance(one, _TRANSPORT)), error)
-    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
-    if status_of(told) == 429:
-        lines = [line for line in lines if not line.startswith("Url:")][:1]
-    return hide_tokens(f"{type(told).__name__}: {' '.join(lines)}"[:300])
+    if (status := status_of(told)) is not None:
+        phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "of no known meaning"
+        response: Any = vars(told)["response"]
+        said = response.headers.get("X-Error-Message")
+        return hide_tokens(f"{status} {phrase} from {response.url.host}{response.url.path}" + f" ({said})" * bool(said))
+    text = " ".join(f"{type(told).__name__}: {told}".split())
+    return hide_tokens(re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]+", r"\1", text))[:300]
 
 
 def hide_tokens(text: str) -> str:

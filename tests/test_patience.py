@@ -120,7 +120,10 @@ def test_it_gives_up_with_what_was_tried_and_a_remedy_and_no_outer_call_tries_ag
         calls.append(1)
         raise answer(503)
 
-    with pytest.raises(GaveUpError, match=r"reading x failed 3 times in \d+ s: HfHubHTTPError: 503.*run the same"):
+    with pytest.raises(
+        GaveUpError,
+        match=r"reading x failed 3 times in \d+ s: 503 Service Unavailable from 127.0.0.1/api/models/org/x; .*run",
+    ):
         patient("outside", lambda: patient("reading x", call, tries=3, say=[].append), say=[].append)
     assert len(calls) == 3
     assert slept == [1, 2]
@@ -129,7 +132,7 @@ def test_it_gives_up_with_what_was_tried_and_a_remedy_and_no_outer_call_tries_ag
 def test_each_wait_is_a_line_on_standard_error_without_a_listener(slept, caplog):
     patient("reading x", failing(answer(503)))
     assert [r.levelname for r in caplog.records] == ["WARNING"]
-    assert "reading x: HfHubHTTPError: 503" in caplog.text
+    assert "reading x: 503 Service Unavailable" in caplog.text
 
 
 def test_no_line_tells_a_token(monkeypatch, slept):
@@ -141,6 +144,17 @@ def test_no_line_tells_a_token(monkeypatch, slept):
     assert "abc" not in said[0]
     assert "AAAA" not in said[0]
     assert "alice" not in str(explain(error, repo_id="org/x", what="publishing"))
+
+
+def test_no_line_tells_a_signed_address(slept):
+    said: list[str] = []
+    request = HTTP.Request("GET", "http://store/get/x?Signature=secret")
+    signed = HfHubHTTPError("403 for http://store/get/x?Signature=secret", response=HTTP.Response(503, request=request))
+    cut = HTTP.ReadError("lost 'https://store/get/x?Signature=secret'")
+    patient("x", failing(signed, cut), say=said.append)
+    assert "503 Service Unavailable from store/get/x" in said[0]
+    assert "lost 'https://store/get/x'" in said[1]
+    assert "secret" not in "".join(said)
 
 
 MEANINGS = [

@@ -383,6 +383,11 @@ def _write(
                 say("the Hub's answer to the commit was lost, but the commit is there")
                 return ours
             raise
+        except ValueError as error:  # the Hub's check of the card, which comes before the commit
+            raise ValueError(
+                f"publishing {repo_id}: the Hub refuses the card: {' '.join(str(error).split())[:300]}; nothing was "
+                "written"
+            ) from error
 
     return patient(f"committing to {repo_id}", commit, say=say)
 

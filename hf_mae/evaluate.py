@@ -89,7 +89,11 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
         "parameters": judged.parameters,
     }
     summary: dict[str, Any] = {"recipe": recipe.name, "model": judged.name, "data": recipe.data.path}
-    summary |= {"splits": recipe.data.splits, "numbers": numbers} | pictures
+    summary |= {
+        "split": None if recipe.corruptions else one.split,
+        "splits": recipe.data.splits,
+        "numbers": numbers,
+    } | pictures
     if accelerator.is_main_process:
         write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         if recipe.csv:
@@ -258,6 +262,7 @@ class _One:
     ):
         self.recipe, self.judged, self.accelerator, self.say = recipe, judged, accelerator, say
         self.trained = trained
+        self.split = ""  # of the last data that were measured on
         self.task, self.names = judged.task, judged.names
         self.crop_pct = judged.crop_pct if recipe.crop_pct is None else recipe.crop_pct
         if recipe.classes != "names" and len(self.names) != NUM_CLASSES:
@@ -276,7 +281,7 @@ class _One:
     def __call__(self, data: Data, out: Path | None) -> dict[str, Any]:
         """Return the numbers of one split; write and draw them if there is an `out`."""
         recipe, accelerator = self.recipe, self.accelerator
-        source = _open(recipe, data, self.trained, self.say)
+        self.split, source = _open(recipe, data, self.trained, self.say)
         split = WholeSplit(
             source,
             image_size=self.judged.image_size,
@@ -382,7 +387,8 @@ def _divided_as(data: Data, trained: Data | None, say: Printer) -> Data:
     return replace(data, splits=trained.splits)
 
 
-def _open(recipe: Evaluation, data: Data, trained: Data | None, say: Printer) -> Source:
+def _open(recipe: Evaluation, data: Data, trained: Data | None, say: Printer) -> tuple[str, Source]:
+    """Open the images to measure on: the split's name and its rows."""
     split = data.split or next((s for s in ("test", "validation", "val") if s in list_splits(data)), None)
     source = open_source(data, split=split)
     say(source.summary())
@@ -403,7 +409,7 @@ def _open(recipe: Evaluation, data: Data, trained: Data | None, say: Printer) ->
             f"warning: {data.path} has no test or validation split, so all of {source.where} is used; of a model that "
             "was trained on it this measures memory (--data.split and --data.splits name a part)"
         )
-    return source
+    return split or "train", source
 
 
 def csv_row(model: str, numbers: dict[str, Any], pictures: dict[str, Any]) -> dict[str, str]:

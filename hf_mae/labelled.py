@@ -70,6 +70,7 @@ class LabelledTraining(Training[L]):
             test = open_source(data, split=split, field="evals.split")
             if test.where != source.where:
                 say(f"testing on {test.summary().removeprefix('data: ')}")
+                self.tested_on = split
                 return test
             if evals.split is not None:
                 raise ValueError(

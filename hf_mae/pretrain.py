@@ -104,7 +104,8 @@ class MaskedPretraining(Training[Recipe]):
             channels=self.channels,
             max_pixels=recipe.data.max_pixels,
         )
-        labelled = _labelled_split(recipe, self.source, say) if evals.knn or evals.probe else None
+        found = _labelled_split(recipe, self.source, say) if evals.knn or evals.probe else None
+        self.tested_on, labelled = found or (None, None)
         evaluators: list[Evaluator] = []
         count = evals.train_examples if labelled else min(evals.train_examples, RANKME_IMAGES) if evals.rankme else 0
         count = max(count, BASELINE_IMAGES)
@@ -180,8 +181,8 @@ class MaskNoise:
         return {"noise": mask_noise(self.config.mask_strategy, drawn, self.config.grid, self.config.mask_ratio)}
 
 
-def _labelled_split(recipe: Recipe, source: Source, say: Printer) -> Source | None:
-    """Open the labelled split to test on, or say why there is none."""
+def _labelled_split(recipe: Recipe, source: Source, say: Printer) -> tuple[str, Source] | None:
+    """Open the labelled split to test on, by its name, or say why there is none."""
     if not source.has_labels:
         say("kNN: off, the training split has no labels")
         return None
@@ -195,7 +196,7 @@ def _labelled_split(recipe: Recipe, source: Source, say: Printer) -> Source | No
     if not test.has_labels:
         say(f"kNN: off, split {split} has no labels")
         return None
-    return test
+    return split, test
 
 
 def reconstruct_files(name: str, files: list[Path], out: Path, *, seed: int = 0) -> None:

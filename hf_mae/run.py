@@ -71,6 +71,7 @@ class Training(ABC, Generic[R]):
         image_size: (height, width) in pixels, known after `build`.
         channels: 3 or 1, known after `build`.
         origin: what new weights were made from, for environment.json; known after `build`.
+        tested_on: the split that `evaluators` measure on, for environment.json; None without one; known after them.
         num_classes: that labels must lie in, None where labels do not matter; known after `labels`.
     """
 
@@ -78,6 +79,7 @@ class Training(ABC, Generic[R]):
     baseline: ClassVar[str]
     image_size: tuple[int, int]
     channels: int
+    tested_on: str | None = None
     num_classes: int | None = None
 
     def __init__(self, recipe: R):
@@ -219,7 +221,10 @@ def _run(training: Training[Any], out: Path, accelerator: Accelerator, say: Prin
     evaluators = training.evaluators(out, inner, average, accelerator, say)
     if state.trivial_loss is None:
         state.trivial_loss = training.baseline_loss(inner)
-    record_start(out, recipe, accelerator, state, data_state, micro_batch, say, origin=training.origin)
+    record_start(
+        out, recipe, accelerator, state, data_state, micro_batch, say,
+        tested_on=training.tested_on, origin=training.origin,
+    )  # fmt: skip
 
     if micro_batch < min(16, recipe.global_batch // world):
         say(f"warning: micro-batches of {micro_batch} are slow; a global batch with more divisors makes larger ones")

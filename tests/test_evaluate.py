@@ -438,7 +438,8 @@ def test_a_model_of_a_divided_data_set_is_tested_on_the_part_it_has_not_seen(tmp
     assert "using --data.splits stratified:50/25/25@1" in said
     assert "part test of stratified:50/25/25@1" in said
     assert "warning" not in said
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["splits"] == "stratified:50/25/25@1"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["split"], summary["splits"]) == ("test", "stratified:50/25/25@1")
     asked = replace(EVALUATIONS["own"], model=str(run / place), out=str(tmp_path / "out"), pictures=False)
     assert evaluate(replace(asked, data=Data(path=str(coloured), split="validation")))["examples"] == 6
     assert "part validation of" in capsys.readouterr().err

@@ -53,6 +53,7 @@ def test_a_run_leaves_all_its_records(recipe):
     assert json.loads((out / "recipe.json").read_text())["global_batch"] == 64
     start = json.loads((out / "environment.json").read_text())["starts"][0]
     assert start["processes"] == 1
+    assert start["tested_on"] == "test"
     assert start["packages"]["torch"] == torch.__version__.split("+")[0] or "+" in start["packages"]["torch"]
     assert [(r["step"], "loss" in r, "knn_accuracy" in r) for r in rows(out)] == [
         (0, False, True),

@@ -92,6 +92,12 @@ class Records:
         return self.export["source"]
 
 
+def run_of(export: Path) -> Path | None:
+    """Return the run folder that an export lies in (RUN/export/TARGET), None if it lies elsewhere."""
+    run = export.absolute().parent.parent
+    return run if export.absolute().parent.name == "export" and (run / "recipe.json").is_file() else None
+
+
 def read_records(export: Path, run: Path | None = None, evaluations: Sequence[Path] = ()) -> Records:
     """Read what an export, its run and later evaluations put on record.
 

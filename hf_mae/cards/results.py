@@ -72,7 +72,7 @@ def measured(records: Records, data: str, dataset_id: str | None) -> list[Result
         revision = (records.starts[-1]["data"].get("revision") if records.starts else None) if dataset_id else None
         for value in numbers:
             name = value.source.rsplit(" ", 1)[-1]
-            split = "training images" if name == "loss" else split_words(records.recipe)
+            split = "training images" if name == "loss" else split_words(records)
             count = None if name in ("loss", "rankme") else images or _monitored(records)
             found.append(_result(name, value, data, dataset_id, revision, split, count, weights_words(records)))
     for extra in records.evaluated:
@@ -151,10 +151,11 @@ def _numbers(numbers: Mapping[str, Any], where: str, prefix: str) -> list[Fact]:
     ]
 
 
-def split_words(recipe: Mapping[str, Any]) -> str:
-    """Return which images the run measured on, as far as its recipe says."""
-    evals, data = recipe.get("evals", {}), recipe.get("data", {})
-    split = evals.get("split") or "held-out split (validation, else test)"
+def split_words(records: Records) -> str:
+    """Return which images the run measured on, as far as its records say."""
+    evals, data = records.recipe.get("evals", {}), records.recipe.get("data", {})
+    recorded = records.starts[-1].get("tested_on") if records.starts else None
+    split = recorded or evals.get("split") or "held-out split (validation, else test)"
     if data.get("splits"):
         rule = str(data["splits"]).rsplit("/", 1)[-1] if str(data["splits"]).endswith(".json") else data["splits"]
         return f"{split}, part of {rule}"

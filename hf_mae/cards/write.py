@@ -16,7 +16,7 @@ from hf_mae.cards.citations import citations
 from hf_mae.cards.facts import NOT_MEASURED, Fact, maybe
 from hf_mae.cards.options import CardOptions
 from hf_mae.cards.pictures import Picture, copy_samples, draw_pictures
-from hf_mae.cards.records import Records, published, read_records
+from hf_mae.cards.records import Records, published, read_records, run_of
 from hf_mae.cards.results import Result, evaluations_before_best, measured, weights_words
 from hf_mae.cards.tables import (
     architecture_table,
@@ -43,7 +43,8 @@ def write_card(
         export: from `hf_mae.export`.
         repo_id: ORG/NAME, as the usage lines will say.
         options: what no record says.
-        run: the run folder it was made from; without it only the export is told of.
+        run: the run folder it was made from; None finds it where the export lies in RUN/export/TARGET. Without any
+            only the export is told of.
         evaluations: folders of `hf-mae evaluate --out`, of the exported weights.
 
     Returns:
@@ -55,6 +56,7 @@ def write_card(
     """
     if not is_hub_id(repo_id):
         raise ValueError(f"repo_id={repo_id!r} is not of the form ORG/NAME; name the repository it will be")
+    run = run or run_of(export)
     records = read_records(export, run, evaluations)
     terms(records, options)  # refuses before anything is written
     samples = copy_samples(export, options.samples)

@@ -155,11 +155,12 @@ def record_start(
     micro_batch: int,
     say: Printer,
     *,
+    tested_on: str | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Append this start to environment.json: versions, machine, launch, data. The first also writes recipe.json.
 
-    `origin` says what the weights of a new run were made from.
+    `tested_on` names the split that is measured on; `origin` says what the weights of a new run were made from.
     """
     pids = gather_objects(os.getpid(), accelerator)
     if not accelerator.is_main_process:
@@ -180,6 +181,7 @@ def record_start(
         "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         "packages": {name: version(name) for name in PACKAGES},
         "data": dict(data_state),
+        "tested_on": tested_on,
         "seed": recipe.seed,
         **(origin or {}),
     }

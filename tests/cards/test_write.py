@@ -50,6 +50,19 @@ def test_numbers_of_the_last_weights_are_those_of_their_step(export: Path, run: 
     assert "best of" not in text
 
 
+def test_the_split_on_record_is_the_one_that_is_named(export: Path, run: Path):
+    environment = json.loads((run / "environment.json").read_text())
+    write_json(run / "environment.json", {"starts": [s | {"tested_on": "test"} for s in environment["starts"]]})
+    assert "| top-1 accuracy | 76.54 % | animals, test | 12 |" in _card(export, run)
+
+
+def test_the_run_is_found_where_the_export_lies_in_it(export: Path, run: Path):
+    inside = run / "export" / "beit"
+    inside.parent.mkdir()
+    export.rename(inside)
+    assert "| top-1 accuracy | 76.54 % |" in _card(inside, None)
+
+
 def test_numbers_of_the_best_weights_come_with_how_they_were_chosen(export: Path, run: Path):
     change(export / "export.json", source__weights="best", source__step=20)
     text = _card(export, run)

@@ -56,6 +56,7 @@ from hf_mae.cards.options import CardOptions
 from hf_mae.exporting.write import export
 from hf_mae.hub.pull import pull
 from hf_mae.hub.widget import Verdict
+from hf_mae.run import model_folder
 
 CARD = CardOptions(license="apache-2.0", data_license="none: the weights are random")
 REAL_SLEEP = time.sleep
@@ -282,6 +283,20 @@ def load_cases() -> Iterator[dict[str, Any]]:
     yield row("load-gated", "a gated repository", do=with_token("hf_bob_read", of("org/gated")))
     yield row("load-revision", "no such revision", do=of("org/ours", revision="nope"))
 
+    def opened(repo_id: str, say: Callable[[str], None], name: str = "org/ours") -> None:
+        model_folder(name, field="init_from")
+
+    def named(name: str) -> Callable[..., None]:
+        return lambda repo_id, say: opened(repo_id, say, name)
+
+    def opening(name: str, words: str, prepare: Any = None, do: Any = opened) -> dict[str, Any]:
+        return case(name, words, do, command="--init-from", prepare=prepare)
+
+    small = fault("GET", f"{ours}.*config.json", status=503, times=3)
+    yield opening("open-get", "GET of config.json: 503, three times", small)
+    yield opening("open-missing", "no such repository", do=named("org/missing"))
+    yield opening("open-gated", "a gated repository", do=with_token("hf_bob_read", named("org/gated")))
+
 
 def pull_cases() -> Iterator[dict[str, Any]]:
     """A run with one checkpoint, made of bytes: pulling does not look into it."""
@@ -353,6 +368,7 @@ def killed_upload(files: int = 10, megabytes: int = 20) -> dict[str, Any]:
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    REAL_SLEEP(2)  # the server is still reading what was on its way
     finished, first = stored(), sent(start)
     after_kill = sorted(tree_of("org/big") or {})
     slow["times"] = 0

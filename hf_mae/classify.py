@@ -29,6 +29,7 @@ from hf_mae.training.distributed import full, gather_objects
 from hf_mae.training.loop import Evaluator
 from hf_mae.training.monitors import Printer
 from hf_mae.training.optim import MovingAverage, build_optimizer
+from hf_mae.training.origins import lineage_of
 from hf_mae.training.tasks import Classification
 
 ARCHITECTURE = (
@@ -86,6 +87,8 @@ class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
             self._compare_normalisation(encoder, say)
             weights = {k: v for k, v in model.state_dict().items() if not k.startswith(("head", "fc_norm"))}
             self.origin = {"init_from": str(encoder), "encoder_digest": digest(weights=weights)}
+            if accelerator.is_main_process:  # which writes it down, and may have to ask the Hub
+                self.origin["lineage"] = lineage_of(recipe.init_from)
         else:
             fields = {k: v for k, v in asdict(wish).items() if v is not None}
             # The official code trains the positions of a ViT from scratch.

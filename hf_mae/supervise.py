@@ -22,6 +22,7 @@ from hf_mae.run import model_folder, run
 from hf_mae.training.loop import Evaluator
 from hf_mae.training.monitors import Printer
 from hf_mae.training.optim import MovingAverage, build_optimizer
+from hf_mae.training.origins import lineage_of
 from hf_mae.training.tasks import TimmClassification
 
 
@@ -70,6 +71,8 @@ class SupervisedTraining(LabelledTraining[SuperviseRecipe]):
             weights = _weights(recipe.init_from)
             model, kept = from_weights(weights, spec)
             self.origin = {"init_from": str(weights)}
+            if accelerator.is_main_process:  # which writes it down, and may have to ask the Hub
+                self.origin["lineage"] = lineage_of(recipe.init_from)
             say(f"weights: {weights}; the head keeps {len(kept)} of {len(self.names)} classes")
         else:
             model = create(spec)

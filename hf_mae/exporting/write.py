@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 import hf_mae
 from hf_mae.exporting.checked import write_json, write_stock
 from hf_mae.exporting.folders import new_folder
+from hf_mae.exporting.lineage import lineage
 from hf_mae.exporting.parity import (
     TOLERANCE,
     Outputs,
@@ -113,6 +114,7 @@ def export(
         record = _write(source, target, folder, Path(picture) if picture is not None else flower(), code, say)
         if source.conversion is not None:
             (folder / "conversion.json").write_text(source.conversion)
+        record["lineage"] = lineage(model)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     say(f"exported {source.origin.name} as {record['class']} ({record['library']}) to {out}{_summary(record)}")
     return out

@@ -1,0 +1,206 @@
+"""What a model was made from, and under which licence: put on record while it can still be looked up.
+
+A lineage is a list of links, the nearest first. A link is a mapping of
+
+    name      a Hub id, the name of a run, or the last part of a path
+    kind      `run` (one of ours), `hub`, `conversion`, `export`, `folder`, `file`, or `missing` (nothing is there now)
+    license   as the Hub writes it, None where nobody says
+    source    where that was read, in words
+    revision  of kind `hub`: the commit; only with one is a name taken for a repository later
+    recipe    of kind `run`: its recipe's name
+    md5       of kind `file`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from hf_mae.models.timm_spec import timm_library
+from hf_mae.patience import GaveUpError, patient
+
+Link = dict[str, Any]
+
+MAX_LINKS = 16
+"""Models that a model may come from, one after another."""
+
+
+def lineage_of(name: str) -> list[Link]:
+    """Return what a model is and was made from, as far as records say; a repository of the Hub is asked, patiently.
+
+    Args:
+        name: as `init_from`: a run folder or a model folder in one, a model folder, a file, a Hub id, or a name of
+            timm's weights.
+
+    Returns:
+        Its links; the first is the model itself.
+    """
+    found: list[Link] = []
+    _follow(name, found, ask=True)
+    return found[:MAX_LINKS]
+
+
+def run_of(folder: Path) -> Path | None:
+    """Return the run folder that a model lies in: RUN, RUN/best/model or RUN/checkpoints/step_N/model; None elsewhere."""
+    place = folder.expanduser().resolve()
+    if (place / "recipe.json").is_file() and not (place / "config.json").is_file():
+        step = place.parent.name == "checkpoints"
+        return place.parents[1] if step and (place.parents[1] / "recipe.json").is_file() else place
+    if place.name not in ("model", "model_ema") or len(place.parents) < 3:
+        return None
+    run = place.parents[1] if place.parent.name == "best" else place.parents[2]
+    return run if (run / "recipe.json").is_file() else None
+
+
+def parents_of_run(run: Path) -> list[Link]:
+    """Return what a run started from: as it was recorded at its start, else what is there now; empty if from scratch."""
+    found: list[Link] = []
+    _follow_parents(run, found)
+    return found[:MAX_LINKS]
+
+
+def timm_license(name: str) -> str | None:
+    """Return the licence that timm records of weights (`hf-hub:timm/NAME.TAG`, `timm/NAME.TAG`, `NAME.TAG`)."""
+    plain = plain_name(name).removeprefix("timm/")
+    if "/" in plain or "." not in plain or not timm_library().is_model(plain.partition(".")[0]):
+        return None
+    known = timm_library().models.get_pretrained_cfg(plain, allow_unregistered=False) if _is_listed(plain) else None
+    return None if known is None else known.license or None
+
+
+def plain_name(name: str) -> str:
+    """Return a Hub id without the prefix of timm's and without a revision."""
+    return name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")[0]
+
+
+def _is_listed(name: str) -> bool:
+    return name in timm_library().list_pretrained(f"{name.partition('.')[0]}.*")
+
+
+def _follow(name: str, found: list[Link], *, ask: bool) -> None:
+    path = Path(name).expanduser()
+    if len(found) >= MAX_LINKS:
+        return
+    if path.is_file():
+        found.append(_link(path.name, "file", md5=_md5(path)))
+    elif path.is_dir():
+        _follow_folder(path, found)
+    elif ask and (repo := _repository(name)) is not None:
+        _follow_repository(repo, name.partition("@")[2] or None, found)
+    else:
+        found.append(_missing(name))
+
+
+def _follow_folder(path: Path, found: list[Link]) -> None:
+    run, name = run_of(path), path.resolve().name
+    if run is not None:
+        found.append(_link(run.resolve().name, "run", recipe=_read(run / "recipe.json").get("name")))
+        _follow_parents(run, found)
+        return
+    _add_described(name, "folder", lambda file: path / file if (path / file).is_file() else None, found)
+
+
+def _follow_parents(run: Path, found: list[Link]) -> None:
+    starts = _read(run / "environment.json").get("starts") or []
+    recorded = next((start["lineage"] for start in starts if start.get("lineage") is not None), None)
+    if recorded is not None:
+        found += recorded
+    elif init_from := _read(run / "recipe.json").get("init_from"):
+        _follow(str(init_from), found, ask=False)  # a relative path of another folder may look like a Hub id
+
+
+def _follow_repository(repo: str, revision: str | None, found: list[Link]) -> None:
+    config = _download(repo, "config.json", revision)
+    if config is None:
+        found.append(_missing(repo))
+        return
+    commit = config.parent.name  # the cache names a snapshot after its commit
+    _add_described(repo, "hub", lambda file: _download(repo, file, commit), found, revision=commit)
+
+
+def _add_described(
+    name: str, kind: str, file: Callable[[str], Path | None], found: list[Link], *, revision: str | None = None
+) -> None:
+    """Add a model folder, here or on the Hub, by its own records: export.json, conversion.json, its card."""
+    export, conversion = _read(file("export.json")), _read(file("conversion.json"))
+    said: list[tuple[str | None, str]] = []
+    if conversion:
+        kind = "conversion" if kind == "folder" else kind
+        said.append((conversion.get("license"), "its conversion.json"))
+    elif export:
+        kind = "export" if kind == "folder" else kind
+    if (card := file("README.md")) is not None:
+        said.append((_license_of_card(card), "its card"))
+    if kind == "hub":
+        said.append((timm_license(name), "timm's record of the weights"))
+    known = [(license_id, where) for license_id, where in said if license_id]
+    # The strictest of them.
+    license_id, where = next((one for one in known if "-nc" in one[0]), known[0] if known else (None, ""))
+    found.append(_link(name, kind, license_id, where, revision=revision))
+    if conversion.get("source"):
+        found.append(_link(str(conversion["source"]), "conversion", conversion.get("license"), "its conversion.json"))
+    found += export.get("lineage") or []
+
+
+def _missing(name: str) -> Link:
+    """Return the link of what is not there, or not known to be a repository: the last part of its name."""
+    plain = plain_name(name)
+    license_id = timm_license(plain) if re.fullmatch(r"(?:timm/)?[\w.-]+", plain) else None
+    shown = plain if license_id or re.match(r"(?:timm|facebook)/[\w.-]+$", plain) else re.split(r"[\\/]", plain)[-1]
+    return _link(shown or plain, "missing", license_id, "timm's record of the weights" if license_id else "")
+
+
+def _link(name: str, kind: str, license_id: str | None = None, source: str = "", **more: str | None) -> Link:
+    return {"name": name, "kind": kind, "license": license_id, "source": source} | {
+        key: value for key, value in more.items() if value is not None
+    }
+
+
+def _repository(name: str) -> str | None:
+    """Return the Hub id that a name stands for, None if it can be none."""
+    plain = plain_name(name)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", plain) and not name.startswith(("runs/", ".", "~")):
+        return plain
+    return f"timm/{plain}" if "/" not in plain and "." in plain and timm_license(plain) else None
+
+
+def _download(repo: str, file: str, revision: str | None) -> Path | None:
+    """Return a file of a repository, None where it has none or cannot be asked."""
+    try:
+        return Path(patient(f"reading {file} of {repo}", lambda: hf_hub_download(repo, file, revision=revision)))
+    except (HfHubHTTPError, HFValidationError, OSError, GaveUpError):
+        return None
+
+
+def _license_of_card(path: Path) -> str | None:
+    try:
+        said = (metadata_load(path) or {}).get("license")
+    except (ValueError, OSError):
+        return None
+    names = [one for one in (said if isinstance(said, list) else [said]) if isinstance(one, str)]
+    return next((one for one in names if "-nc" in one), names[0] if names else None)
+
+
+def _read(path: Path | None) -> Mapping[str, Any]:
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

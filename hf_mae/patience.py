@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import logging
 import re
+import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,11 +44,21 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 LONGEST_PAUSE = 330.0
 """Seconds: what a server asks for is kept up to here. The Hub counts requests in windows of five minutes."""
 
-_TRANSPORT: type[Exception] = vars(sys.modules[HTTP_ERROR.__module__])["TransportError"]
+LONGEST_WAIT = 900.0
+"""Seconds that one `patient` takes in all, calls and pauses: below the half hour after which the other processes of a
+run that wait for this one end it. Waits one after another are not added up."""
+
+_CLIENT = vars(sys.modules[HTTP_ERROR.__module__])
+_TRANSPORT: type[Exception] = _CLIENT["TransportError"]
+# A slip in an address, a fault of our own, or an answer that would come again as it was.
+_LASTING: tuple[type[Exception], ...] = tuple(
+    _CLIENT[name] for name in ("UnsupportedProtocol", "LocalProtocolError", "DecodingError")
+)
 _PASSING_ERRNOS = frozenset(
     getattr(errno, name)
     for name in ("ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE", "ETIMEDOUT", "ENETUNREACH", "EHOSTUNREACH")
 )
+_OTHER_NUMBERS = (ssl.SSLError, socket.gaierror)
 _log = logging.getLogger("hf_mae.patience")
 
 
@@ -65,6 +77,8 @@ def patient(
 ) -> T:
     """Call until the network lets it through: after 429, 5xx, a cut connection or a timeout; any other error at once.
 
+    It gives up after `tries` calls, or before a pause that would end later than `LONGEST_WAIT` seconds after the start.
+
     Args:
         what: what is being done, for messages: `reading config.json of org/x`.
         call: is called again from its beginning, so it must not leave anything half-done.
@@ -77,41 +91,66 @@ def patient(
         GaveUpError: a RuntimeError: it never got through; says how long was tried, and what to do.
     """
     pauses, passing = PAUSES if pauses is None else pauses, passing or is_passing
-    began = time.monotonic()
+    spent = 0.0
     for n in range(1, tries + 1):
+        began = time.monotonic()
         try:
             return call()
         except (OSError, HTTP_ERROR, RuntimeError, ValueError) as error:
             if isinstance(error, GaveUpError) or not passing(error):
                 raise
-            if n == tries:
-                raise GaveUpError(
-                    f"{what} failed {tries} times in {time.monotonic() - began:.0f} s: {one_line(error)}; check the "
-                    "network (https://status.huggingface.co tells of outages of the Hub), then run the same command "
-                    "again"
-                ) from error
+            spent += time.monotonic() - began
             asked = _asked_for(error)
             pause = pauses[min(n, len(pauses)) - 1] if asked is None else asked
+            if n == tries or spent + pause > LONGEST_WAIT:
+                times = "once" if n == 1 else f"{n} times"
+                raise GaveUpError(
+                    f"{what} failed {times} in {spent:.0f} s: {one_line(error)}; {remedy(error)}, then run the same "
+                    "command again"
+                ) from error
+            spent += pause
             (say or _log.warning)(f"{what}: {one_line(error)}; trying again in {pause:.0f} s ({n} of {tries} tries)")
         time.sleep(pause)
     raise AssertionError("tries is at least 1")
 
 
 def is_passing(error: BaseException) -> bool:
-    """Say whether an error, or what it was raised from, goes away by itself: 429, 5xx, no answer, a cut, a timeout."""
-    for one in _chain(error):
-        if isinstance(one, (OfflineModeIsEnabled, GaveUpError)):
+    """Say whether an error, or what it was raised from, goes away by itself: 429, 5xx, no answer, a cut, a timeout.
+
+    A certificate that is not believed does not, nor a name that no server of names knows: it is misspelt, or this
+    machine has no network. (`EAI_AGAIN`, a server of names that does not answer, does pass.) Who has reached that name
+    before may think otherwise and ask `is_unknown_name`.
+    """
+    chain = list(_chain(error))
+    if is_unknown_name(error) or any(isinstance(one, ssl.SSLCertVerificationError) for one in chain):
+        return False
+    for one in chain:
+        if isinstance(one, (OfflineModeIsEnabled, GaveUpError, *_LASTING)):
             return False
         if (status := status_of(one)) is not None:
             return status == 429 or status >= 500
         if isinstance(one, (_TRANSPORT, TimeoutError, ConnectionError)):
             return True
-        if isinstance(one, OSError) and one.errno in _PASSING_ERRNOS:
+        if isinstance(one, OSError) and not isinstance(one, _OTHER_NUMBERS) and one.errno in _PASSING_ERRNOS:
             return True
         # Another thread lost its connection, and the library closed the client that all threads share.
         if isinstance(one, RuntimeError) and "client has been closed" in str(one):
             return True
     return False
+
+
+def is_unknown_name(error: BaseException) -> bool:
+    """Say whether a host was not found by its name, for good as far as the servers of names know."""
+    return any(isinstance(one, socket.gaierror) and one.errno == socket.EAI_NONAME for one in _chain(error))
+
+
+def may_be_expired(error: BaseException) -> bool:
+    """Say whether a store refused an address that may have been signed too long ago: 403 without the Hub's own word."""
+    refused = next((one for one in _chain(error) if status_of(one) is not None), None)
+    if refused is None or status_of(refused) != 403 or isinstance(refused, (GatedRepoError, DisabledRepoError)):
+        return False
+    response: Any = vars(refused)["response"]
+    return "X-Error-Code" not in response.headers
 
 
 def is_overloaded(error: BaseException) -> bool:
@@ -127,7 +166,8 @@ def status_of(error: BaseException) -> int | None:
 
 def one_line(error: BaseException) -> str:
     """Return what an error says in one line, without tokens and without signed addresses."""
-    told = next((one for one in _chain(error) if status_of(one) is not None or isinstance(one, _TRANSPORT)), error)
+    last = error.__cause__ if isinstance(error, GaveUpError) and error.__cause__ else error
+    told = next((one for one in _chain(error) if status_of(one) is not None or isinstance(one, _TRANSPORT)), last)
     if (status := status_of(told)) is not None:
         phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "of no known meaning"
         response: Any = vars(told)["response"]
@@ -143,6 +183,35 @@ def hide_tokens(text: str) -> str:
         if token := get_token():
             text = text.replace(token, "hf_***")
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )\S+", "hf_***", text)
+
+
+def remedy(error: BaseException) -> str:
+    """Return what a user can do about an error that did not pass, as an imperative without a full stop."""
+    chain = list(_chain(error))
+    # Errors of certificates and of names count differently: 1 is not EPERM.
+    numbers = {one.errno for one in chain if isinstance(one, OSError) and not isinstance(one, _OTHER_NUMBERS)}
+    status = next((status for one in chain if (status := status_of(one)) is not None), None)
+    if any(isinstance(one, OfflineModeIsEnabled) for one in chain):
+        return "unset HF_HUB_OFFLINE: offline mode is on"
+    if numbers & {errno.ENOSPC, errno.EDQUOT}:
+        return "free some space: the disk is full (`hf cache rm` clears the Hub's cache, HF_HOME moves it)"
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return "make the file readable and its folder writable for this user (HF_HOME moves the Hub's cache)"
+    if any(isinstance(one, ssl.SSLCertVerificationError) for one in chain):
+        return "check the clock, and name the certificates of a proxy in between with SSL_CERT_FILE"
+    if is_unknown_name(error):
+        return "check the network, and the spelling of HF_ENDPOINT if it is set"
+    if any(isinstance(one, GatedRepoError) for one in chain):
+        return (
+            "accept the conditions on its page on the Hub, then log in with `hf auth login` as who was let in"
+        )
+    if status in (401, 403):
+        return "log in with `hf auth login` as a user with access"
+    if status == 429:
+        return "wait five minutes: the Hub asks for fewer requests (a token, `hf auth login`, has a higher limit)"
+    if status is not None and status < 500:
+        return "look at its page on the Hub: asking again would be answered the same way"
+    return "check the network (https://status.huggingface.co tells of outages of the Hub)"
 
 
 def explain(error: BaseException, *, repo_id: str, what: str) -> ValueError | RuntimeError:
@@ -167,10 +236,7 @@ def explain(error: BaseException, *, repo_id: str, what: str) -> ValueError | Ru
     if met(LocalTokenNotFoundError):
         return ValueError(f"{what} needs a token and there is none; log in with `hf auth login` or set HF_TOKEN")
     if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in chain):
-        return RuntimeError(
-            f"{what}: the disk is full; free some space (`hf cache rm` clears the Hub's cache, HF_HOME moves it), then "
-            "run the same command again"
-        )
+        return RuntimeError(f"{what}: {remedy(error)}, then run the same command again")
     if met(HFValidationError):
         return ValueError(f"{what}: {repo_id!r} is not a repository name ({one_line(error)}); write it as ORG/NAME")
     if met(GatedRepoError):
@@ -202,20 +268,14 @@ def explain(error: BaseException, *, repo_id: str, what: str) -> ValueError | Ru
             "look at what is there now, then run the same command again"
         )
     if status == 429:
-        return RuntimeError(
-            f"{what}: the Hub asks for fewer requests ({one_line(error)}); wait five minutes, then run the same "
-            "command again; a token (`hf auth login`) has a higher limit"
-        )
+        return RuntimeError(f"{what}: {one_line(error)}; {remedy(error)}, then run the same command again")
     if met(LocalEntryNotFoundError) and status is None:
         return RuntimeError(f"{what}: the Hub cannot be reached and the file is not in the cache; check the network")
     if met(EntryNotFoundError):
         return ValueError(f"{what}: {repo_id} does not hold that file ({one_line(error)}); look at its list of files")
     if status is not None and status < 500:
         return ValueError(f"{what}: the Hub refused it for {repo_id} ({status}: {_told(chain)})")
-    return RuntimeError(
-        f"{what}: {one_line(error)}; check the network (https://status.huggingface.co tells of outages), then run the "
-        "same command again"
-    )
+    return RuntimeError(f"{what}: {one_line(error)}; {remedy(error)}, then run the same command again")
 
 
 def _told(chain: Sequence[BaseException]) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import inspect
+import socket
+import ssl
 
 import pytest
 from huggingface_hub.errors import (
@@ -16,7 +19,8 @@ from huggingface_hub.errors import (
 )
 
 from hf_mae import patience
-from hf_mae.patience import GaveUpError, explain, patient
+from hf_mae.data import formats
+from hf_mae.patience import GaveUpError, explain, patient, remedy
 
 HTTP = __import__(patience.HTTP_ERROR.__module__)
 
@@ -24,6 +28,14 @@ HTTP = __import__(patience.HTTP_ERROR.__module__)
 def answer(status: int, kind=HfHubHTTPError, **headers: str):
     request = HTTP.Request("GET", "http://127.0.0.1/api/models/org/x")
     return kind(f"{status} for url", response=HTTP.Response(status, headers=headers, request=request))
+
+
+def unconnected(reason: OSError) -> BaseException:
+    """As the client does it: an error of its own, raised from that of the system."""
+    try:
+        raise HTTP.ConnectError(str(reason)) from reason
+    except HTTP.ConnectError as error:
+        return error
 
 
 def wrapped(error: BaseException) -> OSError:
@@ -66,6 +78,7 @@ PASSING = {
     "of the system": OSError(errno.ECONNRESET, "Connection reset by peer"),
     "shared client closed by another thread": RuntimeError("Cannot send a request, as the client has been closed."),
     "wrapped by transformers": wrapped(answer(503)),
+    "server of names does not answer": unconnected(socket.gaierror(socket.EAI_AGAIN, "Temporary failure")),
 }
 LASTING = {
     "401": answer(401),
@@ -77,6 +90,11 @@ LASTING = {
     "a value": ValueError("wrong"),
     "disk": OSError(errno.ENOSPC, "No space left on device"),
     "given up before": GaveUpError("gave up"),
+    "a certificate": unconnected(ssl.SSLCertVerificationError(1, "CERTIFICATE_VERIFY_FAILED")),
+    "no such name": unconnected(socket.gaierror(socket.EAI_NONAME, "Name or service not known")),
+    "no such scheme": HTTP.UnsupportedProtocol("Request URL is missing an 'http://' or 'https://' protocol."),
+    "our own fault": HTTP.LocalProtocolError("Illegal header value"),
+    "not what it says": HTTP.DecodingError("Error -3 while decompressing data"),
 }
 
 
@@ -129,6 +147,74 @@ def test_it_gives_up_with_what_was_tried_and_a_remedy_and_no_outer_call_tries_ag
     assert slept == [1, 2]
 
 
+def test_no_call_waits_as_long_as_other_processes_wait_for_this_one(slept):
+    """The others end the run when a collective takes half an hour."""
+    from hf_mae.training import distributed
+
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(1)
+        raise answer(429, **{"Retry-After": "300"})
+
+    with pytest.raises(GaveUpError, match=r"failed 3 times in 602 s: 429 .*; wait five minutes.*run the same command"):
+        patient("reading x", call, tries=100, say=[].append)
+    assert slept == [301, 301]
+    assert len(calls) == 3
+    assert "InitProcessGroupKwargs(timeout=timedelta(minutes=30))" in inspect.getsource(distributed)
+    assert 2 * patience.LONGEST_WAIT <= 30 * 60
+
+
+def test_the_time_of_the_calls_counts_too(slept, monkeypatch):
+    clock = iter(range(0, 10**6, 400))
+    monkeypatch.setattr(patience.time, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(GaveUpError, match="failed 3 times in 1203 s"):
+        patient("x", failing(*[answer(503)] * 9), say=[].append)
+
+
+def test_a_remedy_tells_what_to_do_with_data_that_did_not_come(slept):
+    for error, words in (
+        (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+        (OfflineModeIsEnabled("offline"), "unset HF_HUB_OFFLINE"),
+        (answer(403, GatedRepoError), "accept the conditions"),
+        (answer(403, **{"X-Error-Code": "Forbidden"}), "log in with"),
+        (answer(401), "log in with"),
+        (answer(400), "asking again would be answered the same way"),
+        (LASTING["a certificate"], "SSL_CERT_FILE"),
+    ):
+        assert words in remedy(error)
+        with pytest.raises(RuntimeError, match=rf"could not read x: .*{words}.*from its last checkpoint") as caught:
+            formats.retry(failing(error), "x")
+        assert caught.value.__cause__ is error  # and no GaveUpError in between: it was asked for once
+    assert slept == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [answer(403), OSError("Unexpected end of stream"), *PASSING.values()],
+    ids=["an expired signature", "torn", *PASSING.keys()],
+)
+def test_data_that_may_come_later_are_waited_for(error, slept):
+    assert formats.retry(failing(error), "x", first=True) == "done"
+    assert slept == [1]
+
+
+def test_a_name_that_was_found_before_is_waited_for(slept):
+    error = LASTING["no such name"]
+    with pytest.raises(RuntimeError, match=r"HF_ENDPOINT"):
+        formats.retry(failing(error), "x", first=True)
+    assert slept == []
+    assert formats.retry(failing(error), "x") == "done"
+    assert slept == [1]
+
+
+def test_a_reader_gives_up_after_minutes(slept, caplog):
+    with pytest.raises(RuntimeError, match=r"could not read x: ConnectionRefused.*check the network.*last checkpoint"):
+        formats.retry(failing(*[ConnectionRefusedError(errno.ECONNREFUSED, "refused")] * 99), "x")
+    assert 180 <= sum(slept) <= 600
+    assert len(caplog.records) == len(slept)
+
+
 def test_each_wait_is_a_line_on_standard_error_without_a_listener(slept, caplog):
     patient("reading x", failing(answer(503)))
     assert [r.levelname for r in caplog.records] == ["WARNING"]
@@ -165,14 +251,17 @@ MEANINGS = [
     (answer(404, RevisionNotFoundError), ValueError, "no such revision"),
     (answer(409), RuntimeError, "changed by someone else"),
     (answer(412), RuntimeError, "changed by someone else.*nothing of yours was written.*run the same command again"),
-    (answer(429), RuntimeError, "fewer requests.*wait five minutes"),
+    (answer(429), RuntimeError, "429.*wait five minutes.*fewer requests.*run the same command again"),
     (answer(503), RuntimeError, "503.*check the network"),
     (answer(400, **{"X-Error-Message": "bad card"}), ValueError, "400: bad card"),
     (OfflineModeIsEnabled("x"), RuntimeError, "unset HF_HUB_OFFLINE"),
     (HTTP.ConnectError("refused"), RuntimeError, "ConnectError: refused; check the network"),
     (LocalTokenNotFoundError("x"), ValueError, "there is none; log in"),
     (LocalEntryNotFoundError("x"), RuntimeError, "cannot be reached and the file is not in the cache"),
-    (OSError(errno.ENOSPC, "No space left on device"), RuntimeError, "disk is full; free some space"),
+    (OSError(errno.ENOSPC, "No space left on device"), RuntimeError, "free some space: the disk is full"),
+    (PermissionError(errno.EACCES, "Permission denied"), RuntimeError, "make the file readable.*writable"),
+    (LASTING["a certificate"], RuntimeError, "name the certificates of a proxy in between with SSL_CERT_FILE"),
+    (LASTING["no such name"], RuntimeError, "check the network, and the spelling of HF_ENDPOINT"),
 ]
 
 

@@ -32,7 +32,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_mae.data.order import Ints
-from hf_mae.patience import HTTP_ERROR, GaveUpError, is_passing, one_line, patient, status_of
+from hf_mae.patience import (
+    HTTP_ERROR,
+    GaveUpError,
+    is_passing,
+    is_unknown_name,
+    may_be_expired,
+    one_line,
+    patient,
+    remedy,
+)
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -247,7 +256,7 @@ class ParquetSource(Source):
 
     def _footer(self, file: int) -> pq.FileMetaData:
         if self.filesystem is not None:
-            return retry(lambda: self._remote_footer(file), f"the footer of {self.files[file]}")
+            return retry(lambda: self._remote_footer(file), f"the footer of {self.files[file]}", first=True)
         try:
             return pq.read_metadata(self.paths[file])
         except (pa.ArrowException, OSError) as error:
@@ -347,13 +356,19 @@ def column_labels(column: pa.ChunkedArray) -> Ints:
     return column.cast(pa.int64()).fill_null(-1).to_numpy().astype(np.int64)
 
 
-def retry(action: Callable[[], T], what: str) -> T:
+def retry(action: Callable[[], T], what: str, *, first: bool = False) -> T:
     """Call `action` until the network lets it through, for minutes; a new call signs its addresses anew.
 
     Each wait is told in a line on standard error.
 
+    Args:
+        action: reads.
+        what: it reads.
+        first: nothing was read from there before. Afterwards a name that is not found any more is waited for: it was
+            spelt right, and an outage of the network can look like that (on macOS it does).
+
     Raises:
-        RuntimeError: it never got through, or the server says that the file is not there; names `what`.
+        RuntimeError: it never got through, or for a reason that does not pass by itself; names `what`.
     """
 
     def attempt() -> T:
@@ -363,30 +378,30 @@ def retry(action: Callable[[], T], what: str) -> T:
             raise
         except pa.ArrowException as error:  # what arrived is cut short, or not what was asked for
             raise _TornError(one_line(error)) from error
+        except OSError as error:
+            # Arrow says so too with an OSError of its own, which has neither a number nor a reason.
+            if type(error) is OSError and error.errno is None and error.__cause__ is None:
+                raise _TornError(one_line(error)) from error
+            raise
+
+    def passing(error: BaseException) -> bool:
+        if is_passing(error) or isinstance(error, _TornError) or may_be_expired(error):
+            return True
+        return not first and is_unknown_name(error)
 
     try:
-        return patient(
-            f"reading {what}", attempt, tries=len(RETRY_SECONDS) + 1, pauses=RETRY_SECONDS, passing=_may_come_back
-        )
+        return patient(f"reading {what}", attempt, tries=len(RETRY_SECONDS) + 1, pauses=RETRY_SECONDS, passing=passing)
     except pa.ArrowMemoryError:
         raise
     except (OSError, HTTP_ERROR, GaveUpError) as error:
         raise RuntimeError(
-            f"could not read {what}: {one_line(error)}; check the network and access to the data set, then "
-            "start again: the run continues from its last checkpoint"
+            f"could not read {what}: {one_line(error)}; {remedy(error)}, then start again: the run continues from its "
+            "last checkpoint"
         ) from error
 
 
 class _TornError(OSError):
     """A remote read gave bytes that are not Parquet."""
-
-
-def _may_come_back(error: BaseException) -> bool:
-    """Say whether a remote read is worth another try: all but a file that is gone; 403 may be an expired signature."""
-    if is_passing(error):
-        return True
-    gone = isinstance(error, FileNotFoundError) or status_of(error) in (401, 404, 410)
-    return isinstance(error, (OSError, HTTP_ERROR)) and not gone
 
 
 def read_local(action: Callable[[], T], path: str | Path) -> T:

@@ -27,7 +27,7 @@ from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.parts import SPLIT_NAMES, alike, list_parts, open_part
 from hf_mae.data.rows import ArrowSource, DigitsSource, FolderSource
 from hf_mae.data.webdataset import TarSource
-from hf_mae.patience import HTTP_ERROR, GaveUpError, is_overloaded, is_passing, patient, status_of
+from hf_mae.patience import HTTP_ERROR, GaveUpError, is_overloaded, is_passing, one_line, patient, remedy, status_of
 from hf_mae.recipes.base import Data
 
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values")
@@ -416,7 +416,8 @@ def _download(repo: str, revision: str, names: Sequence[str]) -> list[str]:
             return list(pool.map(fetch, names))
     except (OSError, HTTP_ERROR, GaveUpError) as error:
         raise RuntimeError(
-            f"could not download {repo} at {revision}: {_line(error)}; start again, what has arrived is kept"
+            f"could not download {repo} at {revision}: {one_line(error)}; {remedy(error)}, then start again: what has "
+            "arrived is kept"
         ) from error
 
 

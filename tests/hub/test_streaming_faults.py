@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,26 +158,3 @@ def test_an_outage_that_does_not_end_stops_the_run_which_then_goes_on_with_the_s
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said[-3000:]
     assert weights(tmp_path / "run") == streamed
-
-
-def test_a_reader_gives_up_after_minutes_with_what_to_do(monkeypatch):
-    """The waits themselves are not waited for here: four minutes of pauses, each told."""
-    from hf_mae import patience
-    from hf_mae.data import formats
-
-    slept, lock = [], threading.Lock()
-
-    def sleep(seconds: float) -> None:
-        with lock:
-            slept.append(seconds)
-
-    monkeypatch.setattr(patience.time, "sleep", sleep)
-
-    def refused() -> None:
-        raise ConnectionRefusedError(111, "Connection refused")
-
-    with pytest.raises(
-        RuntimeError, match=r"could not read x\.parquet: .*start again: the run continues from its last"
-    ):
-        formats.retry(refused, "x.parquet")
-    assert 180 <= sum(slept) <= 600

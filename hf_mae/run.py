@@ -10,14 +10,14 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -28,7 +28,7 @@ from hf_mae.data.loader import Loader, check_state, loader_state, steps_per_epoc
 from hf_mae.data.order import Order, choose_lanes_and_window
 from hf_mae.data.sources import Source, open_source
 from hf_mae.data.stream import images_per_epoch
-from hf_mae.patience import is_passing, patient
+from hf_mae.patience import GaveUpError, is_overloaded, one_line, patient
 from hf_mae.recipes.base import Recipe, to_dict
 from hf_mae.recipes.checks import choose_micro_batch
 from hf_mae.training.best import bring_best
@@ -383,12 +383,14 @@ def model_folder(name: str, *, field: str) -> Path | str:
             f"{field}={name} does not exist; name a run folder, a model folder, an official .pth file or a Hub id "
             f"(ORG/NAME){first}"
         )
+    before = try_to_load_from_cache(name, "config.json")
     try:
-        patient(f"opening {name} on the Hub", lambda: cached_file(name, "config.json"))
-        # So that it is there should the Hub not answer later: the stock loader of processors does not wait.
-        patient(f"opening {name} on the Hub", lambda: _cache_processor(name))
-    except OSError as error:
-        why = str(error).strip().splitlines()[0].rstrip(".")
+        # Where no server answers, the client has tried for 20 s by itself, and a slip in a path should not wait longer.
+        found = patient(f"opening {name} on the Hub", lambda: cached_file(name, "config.json"), passing=is_overloaded)
+        if found != before:  # a model that was opened before opens without the Hub
+            _cache_processor(name)
+    except (OSError, GaveUpError) as error:
+        why = one_line(error) if isinstance(error, GaveUpError) else str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
             f"{field}={name} is no path on this machine and cannot be opened as a Hub id ({why}); check the spelling "
             "and the network, and log in with `hf auth login` if it is private"
@@ -397,11 +399,10 @@ def model_folder(name: str, *, field: str) -> Path | str:
 
 
 def _cache_processor(name: str) -> None:
-    try:
-        hf_hub_download(name, "preprocessor_config.json")
-    except EntryNotFoundError as error:  # not every model has one
-        if is_passing(error):  # it may have one
-            raise
+    """Fetch what the stock loader of processors does not wait for."""
+    file = "preprocessor_config.json"
+    with suppress(EntryNotFoundError):  # not every model has one; or no server answers, then who needs it says so
+        patient(f"reading {file} of {name}", lambda: hf_hub_download(name, file), passing=is_overloaded)
 
 
 def progress(batches: Any, accelerator: Accelerator) -> Any:

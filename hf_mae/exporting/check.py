@@ -1,14 +1,15 @@
 """A script that loads a stock folder as a stranger would, without this package, and writes down what comes out.
 
-Run by `parity.run_stock` as `python -I check.py REQUEST.json`, in a new process: what it loads, transformers or timm
-must be able to load. The request names the folder, the Auto class, its inputs and the picture; the answer goes to
-`outputs.safetensors` and `answer.json` beside the request.
+Run by `parity.run_stock` as `python check.py REQUEST.json`, in a new process that cannot import this package: what it
+loads, transformers or timm must be able to load. The request names the folder, the Auto class, its inputs and the
+pictures; the answer goes to `outputs.safetensors` and `answer.json` beside the request.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,18 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOP = 5
 
 
+class Blocked(MetaPathFinder):
+    """Lets nothing import this package, wherever it is installed."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        """Refuse this package, and leave all others to others."""
+        if fullname.partition(".")[0] == "hf_mae":
+            raise ModuleNotFoundError("hf_mae is not to be imported: others have to load the folder without it")
+
+
 def main(request_path: Path) -> None:
     """Answer one request."""
+    sys.meta_path.insert(0, Blocked())
     request = json.loads(request_path.read_text())
     inputs = load_file(request_path.with_name("inputs.safetensors"))
     outputs: dict[str, torch.Tensor] = {}
@@ -31,10 +42,10 @@ def main(request_path: Path) -> None:
             with torch.no_grad():
                 found = forward({key: value.to(dtype) for key, value in inputs.items()})
             outputs |= {f"{name}.{route}.{key}": found[key].contiguous() for key in request["outputs"]}
-    for backend, pixels in _process(request).items():
-        outputs[f"processor.{backend}"] = pixels.contiguous()
+    outputs |= {f"processor.{name}": pixels.contiguous() for name, pixels in _process(request).items()}
     if request["pipeline"]:
-        answer["pipeline"] = _run_pipeline(request)
+        answer["pipeline"], pixels = _run_pipeline(request)
+        outputs["pipeline.pixel_values"] = pixels.contiguous()
     answer["versions"] = _versions(request["library"])
     assert "hf_mae" not in sys.modules, "this process must not know hf_mae"
     save_file(outputs, request_path.with_name("outputs.safetensors"))
@@ -69,28 +80,34 @@ def _routes(request: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _process(request: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the picture as each backend of the image processor prepares it."""
+    """Return the pictures as each backend of the image processor prepares them, by BACKEND.NUMBER."""
     from transformers import AutoImageProcessor
 
-    picture = Image.open(request["decoded"])
+    pictures = [Image.open(path) for path in request["decoded"]]
     backends: dict[str, dict[str, str]] = {"default": {}}
     if request["library"] == "transformers":
         backends["pil"] = {"backend": "pil"}
     processors = {
         name: AutoImageProcessor.from_pretrained(request["folder"], **options) for name, options in backends.items()
     }
-    return {name: processor(picture, return_tensors="pt")["pixel_values"] for name, processor in processors.items()}
+    return {
+        f"{name}.{number}": processor(picture, return_tensors="pt")["pixel_values"]
+        for name, processor in processors.items()
+        for number, picture in enumerate(pictures)
+    }
 
 
-def _run_pipeline(request: dict[str, Any]) -> dict[str, Any]:
-    """Return what the pipeline of the task says about the picture."""
+def _run_pipeline(request: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return what the pipeline of the task says about the picture, and the pixels it says it of."""
     from transformers import pipeline
 
     task = request["pipeline"]
-    result: Any = pipeline(task, model=request["folder"], device="cpu")(request["picture"])
+    pipe: Any = pipeline(task, model=request["folder"], device="cpu")
+    result, pixels = pipe(request["picture"]), pipe.preprocess(request["picture"])["pixel_values"].float()
     if task == "image-classification":
-        return {"answers": [{"label": str(one["label"]), "score": float(one["score"])} for one in result[:TOP]]}
-    return {"answers": [], "shape": list(torch.tensor(result).shape)}
+        answers = [{"label": str(one["label"]), "score": float(one["score"])} for one in result[:TOP]]
+        return {"answers": answers}, pixels
+    return {"answers": [], "shape": list(torch.tensor(result).shape)}, pixels
 
 
 def _versions(library: str) -> dict[str, str]:

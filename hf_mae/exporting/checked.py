@@ -7,25 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from hf_mae.exporting.files import write_json
 from hf_mae.exporting.parity import (
     PIXEL_TOLERANCE,
     TOLERANCE,
     Outputs,
+    Stranger,
     compare,
+    compare_pipeline,
     compare_processor,
     decoded,
     example_pixels,
     largest_difference,
+    odd_pictures,
     ours,
     prepare,
     prepare_rounding_down,
     run_stock,
 )
 from hf_mae.exporting.questions import noise, question
-from hf_mae.exporting.source import Say, Source, Target
+from hf_mae.exporting.source import MULTI_LABEL, Say, Source, Target
 from hf_mae.exporting.stock import (
     BATCH_NORM,
     Stock,
@@ -65,26 +70,25 @@ def write_stock(source: Source, target: Target, folder: Path, picture: Path, say
 
     image = decoded(picture, source.channels)
     mean, std = source.processor["image_mean"], source.processor["image_std"]
-    prepared, shift = prepare(image, source.size, source.crop_pct), [0, 0]
-    pixels = example_pixels(prepared, mean, std)
+    pixels = example_pixels(prepare(image, source.size, source.crop_pct), mean, std)
     inputs: Outputs = {"pixel_values": pixels}
     if target == "vit_mae":
         inputs["noise"] = noise(pixels, cast(MAEPreTrainedModel, model))
     mine = ours(model, forward, inputs)
-    stranger = run_stock(folder, request, inputs, picture, image)
+    images = odd_pictures(image, source.size)
+    stranger = run_stock(folder, request, inputs, picture, images)
     parity: dict[str, Any] = dict(compare(mine, stranger))
     if model is not source.model:
         parity["folding"] = _check_folding(ours(source.model, forward, inputs), mine)
     parity |= {"images": len(pixels), "what": what, "tolerance": _tolerances("folding" in parity)}
-    if library == "transformers":
-        prepared, shift = prepare_rounding_down(image, source.size)
-    processor: dict[str, Any] = compare_processor(prepared, stranger, mean, std)
-    changes += _judge_processor(processor, source, say)
-    processor["shift"] = shift
+    if source.classes is not None:
+        compare_pipeline(model, forward, source.classes, sigmoid=source.bce, stranger=stranger)
+    processor, notes = _judge_processor(images, library, stranger, source, say)
+    changes += notes
     if source.channels != 3:
         say(
-            f"the stock pipelines read pictures in colour and this model takes {source.channels} channel(s), so that "
-            "they, and the Hub's widget, cannot show it"
+            "the stock pipelines read pictures in colour and this model takes grey ones, so that they, and the Hub's "
+            "widget, cannot show it"
         )
     return {
         "class": name,
@@ -103,7 +107,7 @@ def write_stock(source: Source, target: Target, folder: Path, picture: Path, say
 def _stock(model: nn.Module, target: Target, bce: bool) -> Stock:
     ours = cast(MAEPreTrainedModel, model)
     if isinstance(ours, MAEForImageClassification):
-        return as_classifier(ours, problem_type="multi_label_classification" if bce else None)
+        return as_classifier(ours, problem_type=MULTI_LABEL if bce else None)
     if target == "vit_mae":
         return as_vit_mae(cast(MAEForPreTraining, ours))
     return as_vit_encoder(ours) if target == "vit" else as_beit_encoder(ours)
@@ -144,11 +148,26 @@ def _tolerances(folded: bool) -> dict[str, Any]:
     return TOLERANCE | ({"folding": FOLDING_TOLERANCE} if folded else {}) | {"of": relative}
 
 
-def _judge_processor(found: Mapping[str, float | None], source: Source, say: Say) -> list[str]:
-    """Return what is to be known about the image processor: sentences, which are said as well."""
+def _judge_processor(
+    images: list[Image.Image], library: str, stranger: Stranger, source: Source, say: Say
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare the image processor with our evaluation.
+
+    Returns:
+        `pil` and `default`: how far the pixels of these backends are from ours, where a crop may lie `shift` (rows,
+        columns) higher and further left; and `agrees`, whether that is no more than other rounding. And what is to be
+        known: sentences, which are said as well.
+    """
+    if library == "transformers":
+        prepared, shifts = zip(*(prepare_rounding_down(image, source.size) for image in images), strict=True)
+    else:
+        prepared, shifts = [prepare(image, source.size, source.crop_pct) for image in images], [[0, 0]]
+    found = compare_processor(prepared, stranger, source.processor["image_mean"], source.processor["image_std"])
+    far = [name for name, value in found.items() if value is not None and value > PIXEL_TOLERANCE[name]]
+    judged = {**found, "shift": [max(one) for one in zip(*shifts, strict=True)], "agrees": not far}
     notes = []
     for backend, difference in found.items():
-        if difference is not None and difference > PIXEL_TOLERANCE[backend]:
+        if backend in far:
             why = "; it was given" if source.given else "; it has no way to crop a picture that is not square as we do"
             notes.append(
                 f"pictures prepared by the {backend} image processor differ from those of our evaluation by up to "
@@ -156,9 +175,4 @@ def _judge_processor(found: Mapping[str, float | None], source: Source, say: Say
             )
     for note in notes:
         say(f"warning: {note}")
-    return notes
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a file of JSON, for people to read."""
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    return judged, notes

@@ -56,7 +56,7 @@ def write_code(folder: Path) -> None:
     auto_map = {"AutoConfig": "configuration_mae.MAEConfig"} | AUTO_CLASSES[kind]
     for name, text in modules(entry.partition(".")[0] for entry in auto_map.values()).items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    path.write_text(json.dumps(config | {"auto_map": auto_map}, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config | {"auto_map": auto_map}, indent=2) + "\n")
 
 
 def modules(entries: Iterable[str]) -> dict[str, str]:

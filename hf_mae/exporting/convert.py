@@ -7,11 +7,10 @@ overlooked shows as another number.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from transformers import ViTMAEForPreTraining, ViTMAEModel
 
+from hf_mae.exporting.bars import no_bars_in_logs
+from hf_mae.exporting.files import hash_files, weight_files, write_json
 from hf_mae.exporting.folders import new_folder
+from hf_mae.exporting.labels import check_unique
 from hf_mae.exporting.official import LICENSE, is_copy, recognise
+from hf_mae.exporting.parity import TOLERANCE, largest_difference
+from hf_mae.exporting.processor import check_statistics, evaluation_processor
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.convert import config_from_state_dict, load_folder, load_official_checkpoint
 from hf_mae.models.modeling_classification import MAEForImageClassification
@@ -31,18 +35,16 @@ from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTraine
 from hf_mae.models.pos_embed import sincos_pos_embed
 from hf_mae.models.timm_spec import timm_library
 from hf_mae.patience import explain, patient
-from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD
-from hf_mae.training.tasks import EncoderTask
+from hf_mae.recipes.base import IMAGENET_MEAN
 
 RECORD = "conversion.json"
-TOLERANCE = 1e-12
-"""Largest difference in float64 to timm or transformers, times the largest output where that is above 1."""
 KINDS: Mapping[str, type[MAEPreTrainedModel]] = {
     "encoder": MAEModel,
     "pretraining": MAEForPreTraining,
     "classifier": MAEForImageClassification,
 }
 IMAGENET_CLASSES = 1000
+STATISTICS = ("image_mean", "image_std")
 
 Reference = Callable[[Tensor, Tensor], dict[str, Tensor]]
 """Maps images and mask noise to what the other library computes, by our names of outputs."""
@@ -71,6 +73,8 @@ def convert(
     *,
     id2label: Mapping[int, str] | None = None,
     license: str | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
     **overrides: Any,
@@ -90,6 +94,8 @@ def convert(
         license: of the weights, as the Hub names it. That of the official weights and their known copies is known, and
             non-commercial terms cannot be changed; None is the source's own (a timm folder may name one), and where it
             has none that is recorded, and a card asks for it.
+        image_mean: per channel, of pictures in [0, 1]; else the source's, or ImageNet's.
+        image_std: likewise.
         overwrite: replace a folder that this function did not write.
         say: takes lines for the user.
         overrides: fields of `MAEConfig` that the weights do not show, such as `norm_pix_loss`.
@@ -102,10 +108,14 @@ def convert(
             or timm or transformers compute something else with the same weights.
     """
     say = say or _quiet
-    foreign = _read(str(source), overrides, say)
-    model = _build(foreign, id2label, say)
+    with no_bars_in_logs():
+        foreign = _read(str(source), overrides, say)
+        model = _build(foreign, id2label, say)
+        parity = None if foreign.reference is None else _compare(foreign, model)
     terms = _license(foreign, license, say)
-    parity = None if foreign.reference is None else _compare(foreign, model)
+    given = {"image_mean": image_mean, "image_std": image_std}
+    given = {name: list(values) for name, values in given.items() if values is not None}
+    processor = _processor(model, foreign.processor, given, say)
     known = foreign.known
     record = {
         "format": 1,
@@ -121,9 +131,10 @@ def convert(
         "parity": parity,
     }
     with new_folder(Path(out), mark=RECORD, overwrite=overwrite) as folder:
-        model.save_pretrained(folder)
-        _write_json(folder / "preprocessor_config.json", _processor(model, foreign.processor, say))
-        _write_json(folder / RECORD, record)
+        with no_bars_in_logs():
+            model.save_pretrained(folder)
+        write_json(folder / "preprocessor_config.json", processor)
+        write_json(folder / RECORD, record)
     say(f"wrote {type(model).__name__} of {foreign.name} to {out}" + (f", known as {known['name']}" if known else ""))
     return Path(out)
 
@@ -173,7 +184,7 @@ def _download(source: str) -> tuple[Path, str, str]:
 def _read_file(path: Path, overrides: dict[str, Any], say: Callable[[str], None]) -> _Foreign:
     checkpoint = load_official_checkpoint(path)
     weights = checkpoint.state_dict
-    md5, sha256 = _hashes([path])
+    md5, sha256 = hash_files([path])
     found = recognise(path.name, md5, weights["patch_embed.proj.weight"].shape[0], _kind(weights))
     known, fields = None, dict(overrides)
     if found is not None:
@@ -212,7 +223,7 @@ def _read_vit_mae(folder: Path, name: str, overrides: dict[str, Any]) -> _Foreig
 
         return run
 
-    sha256 = _hashes(_weight_files(folder))[1]
+    sha256 = hash_files(weight_files(folder))[1]
     return _Foreign(name, weights, config, sha256, "vit_mae", processor=processor, reference=reference)
 
 
@@ -241,7 +252,7 @@ def _read_timm(folder: Path, name: str, values: dict[str, Any], overrides: dict[
             return lambda pixels, _: {"logits": network(pixels)}
         return lambda pixels, _: {"last_hidden_state": network.forward_features(pixels)}
 
-    sha256 = _hashes(_weight_files(folder))[1]
+    sha256 = hash_files(weight_files(folder))[1]
     return _Foreign(
         name, weights, config, sha256, "timm", cfg.get("license"), names=names, processor=processor, reference=reference
     )
@@ -251,22 +262,6 @@ def _kind(weights: Mapping[str, Tensor]) -> str:
     if "decoder_pred.weight" in weights:
         return "pretraining"
     return "classifier" if {"head.weight", "head.1.weight"} & weights.keys() else "encoder"
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
-
-
-def _hashes(files: list[Path]) -> tuple[str, str]:
-    """Return MD5, by which the authors name their files, and SHA-256, of the bytes of all files in order."""
-    md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                md5.update(block)
-                sha256.update(block)
-    return md5.hexdigest(), sha256.hexdigest()
 
 
 def imagenet_names() -> tuple[str, ...]:
@@ -302,7 +297,9 @@ def _build(foreign: _Foreign, id2label: Mapping[int, str] | None, say: Callable[
                 f"to {num_labels - 1}."
             )
         else:
-            config.id2label, config.label2id = labels, {label: row for row, label in labels.items()}
+            names = [labels[row] for row in range(num_labels)]
+            check_unique(names, "id2label")
+            config.id2label, config.label2id = dict(enumerate(names)), {name: row for row, name in enumerate(names)}
     elif labels is not None:
         raise ValueError(f"id2label is given and {foreign.name} has no head, so no classes; leave it out.")
     if config.pos_embed == "sincos" and not _is_sincos(config, foreign.weights):
@@ -357,7 +354,8 @@ def _compare(foreign: _Foreign, model: MAEPreTrainedModel) -> dict[str, Any]:
     for name, value in expected.items():
         if found[name].shape != value.shape:
             raise _other(foreign, f"{name} has shape {tuple(value.shape)} there and {tuple(found[name].shape)} here")
-        difference, limit = float((found[name] - value).abs().max()), TOLERANCE * max(1.0, float(value.abs().max()))
+        difference = largest_difference(value, found[name])
+        limit = TOLERANCE["float64"] * max(1.0, float(value.abs().max()))
         if not difference <= limit:
             raise _other(foreign, f"{name} differs by {difference:.3g}")
         differences.append(difference)
@@ -365,7 +363,7 @@ def _compare(foreign: _Foreign, model: MAEPreTrainedModel) -> dict[str, Any]:
         "float64": max(differences),
         "images": len(pixels),
         "what": f"{' and '.join(expected)} of {'timm' if masked == {} else 'transformers'}",
-        "tolerance": {"float64": TOLERANCE},
+        "tolerance": {"float64": TOLERANCE["float64"]},
     }
 
 
@@ -376,18 +374,16 @@ def _other(foreign: _Foreign, what: str) -> ValueError:
     )
 
 
-def _processor(model: MAEPreTrainedModel, stated: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Return our evaluation transform in full, with what the source says of it."""
+def _processor(
+    model: MAEPreTrainedModel, stated: Mapping[str, Any], given: Mapping[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return our evaluation transform in full, with what the source says of it, with what the user says."""
     channels = model.config.num_channels
-    mean, std = (
-        stated.get(name, default) for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
-    )
-    if len(mean) != channels or len(std) != channels:
-        mean, std = [0.5] * channels, [0.5] * channels
-        say(f"no mean and std are known for {channels} channels; 0.5 is written, correct preprocessor_config.json")
-    exact = {"image_mean": list(mean), "image_std": list(std)}  # not as float32 has them
-    return EncoderTask(model, mean, std).processor() | dict(stated) | exact
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    fits = {name: value for name, value in stated.items() if name not in STATISTICS or len(value) == channels}
+    fitting = {**fits, **given}
+    if channels != len(IMAGENET_MEAN) and not set(STATISTICS) <= fitting.keys():
+        grey = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}
+        say(f"no mean and std are known for {channels} channels; 0.5 is written (--image-mean, --image-std)")
+        fitting = grey | fitting
+    check_statistics(evaluation_processor(model, fitting), channels)
+    return evaluation_processor(model, fitting)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,13 @@ PIXEL_TOLERANCE = {"pil": 1e-6, "default": 2 / 255 + 1e-6}
 """The same for the image processor, of pixels in [0, 1]: the default one resizes with other rounding than Pillow, which
 moves a pixel by 1 of 255, and by 2 where a picture is enlarged."""
 
+SCORE_TOLERANCE = 1e-4
+"""The same for the scores of the pipeline, shares of one."""
+
 Outputs = dict[str, Tensor]
+Forward = Callable[[nn.Module, Outputs], Outputs]
+"""A model and its inputs by name, to its outputs by name."""
+_PLAIN = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Stranger:
     """What the new process found."""
 
     outputs: Outputs
-    """DTYPE.ROUTE.NAME, and processor.BACKEND."""
+    """DTYPE.ROUTE.NAME, processor.BACKEND.NUMBER of a picture, and pipeline.pixel_values."""
     pipeline: dict[str, Any] | None
     versions: dict[str, str]
 
@@ -102,10 +109,14 @@ def prepare_rounding_down(picture: Image.Image, size: tuple[int, int]) -> tuple[
         float32 [C, H, W] in [0, 1], and (rows, columns), each 0 or 1.
     """
     covering = resize_to_cover(picture, size, _crop_pct(picture, size, None))
-    border = covering.height - size[0], covering.width - size[1]
-    top, left = border[0] // 2, border[1] // 2
+    top, left = (covering.height - size[0]) // 2, (covering.width - size[1]) // 2
     crop = covering.crop((left, top, left + size[1], top + size[0]))
-    return _pixels(to_array(crop)), [round(side / 2) - side // 2 for side in border]
+    return _pixels(to_array(crop)), _shift(covering, size)
+
+
+def _shift(covering: Image.Image, size: tuple[int, int]) -> list[int]:
+    border = covering.height - size[0], covering.width - size[1]
+    return [round(side / 2) - side // 2 for side in border]
 
 
 def _crop_pct(picture: Image.Image, size: tuple[int, int], crop_pct: float | None) -> float | None:
@@ -125,7 +136,7 @@ def example_pixels(real: Tensor, mean: Any, std: Any) -> Tensor:
     return torch.stack([normalised, noise]).float()
 
 
-def ours(model: nn.Module, forward: Callable[[nn.Module, Outputs], Outputs], inputs: Outputs) -> Outputs:
+def ours(model: nn.Module, forward: Forward, inputs: Outputs) -> Outputs:
     """Return the outputs of our model by DTYPE.NAME. The model is left alone."""
     outputs: Outputs = {}
     copy = deepcopy(model).eval()
@@ -138,15 +149,27 @@ def ours(model: nn.Module, forward: Callable[[nn.Module, Outputs], Outputs], inp
     return outputs
 
 
-def run_stock(folder: Path, request: Request, inputs: Outputs, picture: Path, image: Image.Image) -> Stranger:
-    """Load the folder in a new process that does not import this package, and return what it computed.
+def odd_pictures(picture: Image.Image, size: tuple[int, int]) -> list[Image.Image]:
+    """Return the picture and parts of it, upright and lying, some of whose crops the processors place one pixel off."""
+    found = [picture]
+    for turned in (picture, picture.transpose(Image.Transpose.ROTATE_90)):
+        for cut in range(turned.height // 2):
+            part = turned.crop((0, 0, turned.width, turned.height - cut))
+            if any(_shift(resize_to_cover(part, size, _crop_pct(part, size, None)), size)):
+                found.append(part)
+                break
+    return found
+
+
+def run_stock(folder: Path, request: Request, inputs: Outputs, picture: Path, images: list[Image.Image]) -> Stranger:
+    """Load the folder in a new process that cannot import this package, and return what it computed.
 
     Args:
         folder: what is checked.
         request: how.
         inputs: of the model, by name; `pixel_values` [N, C, H, W] and for ViTMAE `noise` [N, L].
         picture: file for the pipeline.
-        image: the same, decoded, for the image processors.
+        images: decoded ones, for the image processors.
 
     Raises:
         RuntimeError: it could not be loaded; the end of what the process said.
@@ -154,7 +177,11 @@ def run_stock(folder: Path, request: Request, inputs: Outputs, picture: Path, im
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         save_file({key: value.contiguous() for key, value in inputs.items()}, work / "inputs.safetensors")
-        image.save(work / "decoded.png")
+        decoded = [work / f"decoded_{number}.png" for number in range(len(images))]
+        for path, image in zip(decoded, images, strict=True):
+            image.save(path, compress_level=1)
+        # Alone: beside it lie modules with names of others, and the folder of a script is searched first.
+        script = Path(shutil.copy(check.__file__, work / "check.py"))
         values: dict[str, Any] = {
             "folder": str(folder.resolve()),
             "library": request.library,
@@ -163,15 +190,15 @@ def run_stock(folder: Path, request: Request, inputs: Outputs, picture: Path, im
             "options": dict(request.options),
             "pipeline": request.pipeline,
             "picture": str(picture.resolve()),
-            "decoded": str(work / "decoded.png"),
+            "decoded": [str(path) for path in decoded],
         }
         (work / "request.json").write_text(json.dumps(values))
         ended = subprocess.run(
-            [sys.executable, "-I", check.__file__, str(work / "request.json")],
+            [sys.executable, str(script), str(work / "request.json")],
             capture_output=True,
             text=True,
             cwd=work,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+            env=os.environ | _PLAIN | {"PYTHONPATH": _python_path()},
             check=False,
         )
         if ended.returncode:
@@ -182,6 +209,12 @@ def run_stock(folder: Path, request: Request, inputs: Outputs, picture: Path, im
         answer = json.loads((work / "answer.json").read_text())
         outputs = load_file(work / "outputs.safetensors")
     return Stranger(outputs, answer["pipeline"], answer["versions"])
+
+
+def _python_path() -> str:
+    # From another folder, what is relative must be found as well.
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(os.path.abspath(place) for place in given if place)
 
 
 def compare(mine: Outputs, stranger: Stranger) -> dict[str, float]:
@@ -208,20 +241,61 @@ def compare(mine: Outputs, stranger: Stranger) -> dict[str, float]:
     return differences
 
 
-def compare_processor(prepared: Tensor, stranger: Stranger, mean: Any, std: Any) -> dict[str, float | None]:
-    """Return how far the image processor is from what `prepare` made: the largest difference of pixels in [0, 1].
+def compare_processor(prepared: Sequence[Tensor], stranger: Stranger, mean: Any, std: Any) -> dict[str, float | None]:
+    """Return how far the image processor is from what we made of the pictures.
 
-    None stands for a backend that the library has not.
+    Args:
+        prepared: of each picture, float32 [C, H, W] in [0, 1].
+        stranger: the answer.
+        mean: of the processor, per channel.
+        std: likewise.
+
+    Returns:
+        The largest difference of pixels in [0, 1] by backend; None stands for one that the library has not.
     """
+    scale, offset = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
     found: dict[str, float | None] = {}
-    for backend in ("pil", "default"):
-        theirs = stranger.outputs.get(f"processor.{backend}")
-        if theirs is None:
-            found[backend] = None
-            continue
-        pixels = theirs[0].double() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
-        found[backend] = largest_difference(prepared, pixels)
+    for backend in PIXEL_TOLERANCE:
+        theirs = [stranger.outputs.get(f"processor.{backend}.{number}") for number in range(len(prepared))]
+        pairs = [(one, other[0]) for one, other in zip(prepared, theirs, strict=True) if other is not None]
+        differences = [largest_difference(one, other.double() * scale + offset) for one, other in pairs]
+        found[backend] = max(differences, default=None)
     return found
+
+
+def compare_pipeline(
+    model: nn.Module, forward: Forward, classes: Sequence[str], sigmoid: bool, stranger: Stranger
+) -> None:
+    """Compare the labels and scores that the pipeline shows with those of our model on the same pixels.
+
+    Args:
+        model: a classifier, left alone.
+        forward: it and its inputs, to outputs by name.
+        classes: names in the order of the scores.
+        sigmoid: the scores are one probability per class.
+        stranger: the answer.
+
+    Raises:
+        RuntimeError: a label has another score, or one that is not shown has a higher one.
+    """
+    if stranger.pipeline is None:
+        return
+    pixels = stranger.outputs["pipeline.pixel_values"]
+    with torch.no_grad():
+        scores = forward(deepcopy(model).float().eval(), {"pixel_values": pixels})["logits"][0].double()
+    scores = scores.sigmoid() if sigmoid or len(classes) == 1 else scores.softmax(0)
+    expected = dict(zip(classes, scores.tolist(), strict=True))
+    answers = stranger.pipeline["answers"]
+    wrong = [
+        one["label"] for one in answers if not abs(expected.get(one["label"], -1) - one["score"]) <= SCORE_TOLERANCE
+    ]
+    best = max(expected, key=lambda name: expected[name])
+    if wrong or not answers or expected[best] - answers[0]["score"] > SCORE_TOLERANCE:
+        shown = ", ".join(f"{one['label']} {one['score']:.3f}" for one in answers)
+        raise RuntimeError(
+            f"the pipeline shows {shown or 'nothing'} where our model says {best} {expected[best]:.3f}; the export is "
+            "not kept. Please report this with the config.json of the model"
+        )
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_mae.exporting.parity import Outputs, Request
+from hf_mae.exporting.parity import Forward, Outputs, Request
 from hf_mae.exporting.source import Target
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEPreTrainedModel
-
-Forward = Callable[[nn.Module, Outputs], Outputs]
-"""A model and its inputs by name, to its outputs by name."""
 
 
 def question(model: nn.Module, target: Target, channels: int) -> tuple[Request, Forward, str]:

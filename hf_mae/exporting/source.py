@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
+from hf_mae.exporting.files import hash_files, weight_files
+from hf_mae.exporting.labels import check_names, timm_names
+from hf_mae.exporting.processor import Say, check_channels, check_statistics, read_processor
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTrainedModel
 from hf_mae.models.timm_models import load
 from hf_mae.models.timm_spec import TimmSpec
-from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD
 from hf_mae.run import model_folder
-from hf_mae.training.tasks import EncoderTask
 
 Target = Literal["auto", "vit_mae", "vit", "beit", "timm", "onnx", "hf_mae"]
 Weights = Literal["last", "best", "average"]
-Say = Callable[[str], None]
 
+MULTI_LABEL: Final = "multi_label_classification"
+"""What transformers calls binary cross-entropy; its pipeline then shows sigmoid scores."""
 CLASSES: dict[str, type[MAEPreTrainedModel]] = {
     "MAEForImageClassification": MAEForImageClassification,
     "MAEForPreTraining": MAEForPreTraining,
@@ -36,9 +37,6 @@ CLASSES: dict[str, type[MAEPreTrainedModel]] = {
     "ViTMAEModel": MAEModel,
 }
 """Classes in a config.json that are read, and what they are here."""
-
-CARRIED = ("image_mean", "image_std", "size", "crop_size", "resample", "do_center_crop", "do_convert_rgb")
-"""Fields of an image processor of ours that a model folder may set otherwise."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,23 @@ class Source:
         return self.spec.channels if self.spec is not None else self._config.num_channels
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes in the order of the scores; None of a model without."""
+        if self.spec is not None:
+            return self.spec.names
+        if not isinstance(self.model, MAEForImageClassification):
+            return None
+        names = cast("dict[int, str]", self._config.id2label)
+        return tuple(names[row] for row in range(len(names)))
+
+    @property
+    def problem_type(self) -> str | None:
+        """What transformers calls the loss of a classifier; tells whether its scores are softmax or sigmoid."""
+        if self.classes is None:
+            return None
+        return MULTI_LABEL if self.bce else "single_label_classification"
+
+    @property
     def _config(self) -> MAEConfig:
         return cast(MAEPreTrainedModel, self.model).config
 
@@ -114,7 +129,8 @@ def read(
         say: called with lines for the user.
 
     Raises:
-        ValueError: there is no such model or no such weights, they are of no known kind, or they are not finite.
+        ValueError: there is no such model or no such weights, they are of no known kind, or they are not finite; the
+            classes have no names of their own each; or its pictures are neither grey nor in colour.
     """
     if isinstance(model, nn.Module):
         source = _of_instance(model, weights, processor, say)
@@ -124,13 +140,17 @@ def read(
     for note in notes:
         say(note)
     if source.spec is None and isinstance(source.model, MAEForImageClassification):
-        names = cast("dict[int, str]", source.model.config.id2label)
-        if all(name == f"LABEL_{row}" for row, name in names.items()):
+        names = cast("tuple[str, ...]", source.classes)
+        source.model.config.id2label = dict(enumerate(names))
+        source.model.config.label2id = {name: row for row, name in enumerate(names)}
+        if source.bce:
+            source.model.config.problem_type = MULTI_LABEL
+        if all(name == f"LABEL_{row}" for row, name in enumerate(names)):
             say(
                 f"warning: the {len(names)} classes have no names (LABEL_0, ...), and that is what the Hub will show; "
                 "set config.id2label before exporting"
             )
-    return replace(source, model=source.model.float().eval(), notes=notes)
+    return replace(source, model=source.model.float().eval(), notes=[*source.notes, *notes])
 
 
 # ------------------------------------------------------------------------------------------------ finding
@@ -144,10 +164,18 @@ def _of_instance(model: nn.Module, weights: Weights, processor: Mapping[str, Any
         )
     if weights != "last":
         raise ValueError(f"weights={weights!r} is for run folders, and model is an object; leave it out")
+    if isinstance(model, MAEForImageClassification):
+        check_names(model)
     copy = type(model)(MAEConfig.from_dict(model.config.to_dict()))
     copy.load_state_dict({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
     name = Path(model.name_or_path or "").name or type(model).__name__
-    return Source(copy, Origin(name), _processor(copy, None, processor, say), given=processor is not None)
+    return Source(
+        copy,
+        Origin(name),
+        read_processor(copy, None, processor, say),
+        given=processor is not None,
+        bce=_is_bce(copy.config),
+    )
 
 
 def _of_name(name: str, weights: Weights, processor: Mapping[str, Any] | None, say: Say) -> Source:
@@ -158,13 +186,13 @@ def _of_name(name: str, weights: Weights, processor: Mapping[str, Any] | None, s
     if path.is_file():
         return _of_official(path, processor, say)
     if name.startswith(("hf-hub:", "hf_hub:")) or ("/" not in name and not path.exists()):
-        return _of_timm(name, Origin(name.partition(":")[2] or name), None)
+        return _of_timm(name, Origin(name.partition(":")[2] or name), None, processor)
     folder: Path | str = _weights_folder(path, weights) if run is not None else model_folder(name, field="model")
     origin, recipe = _origin(name, path, folder, weights)
     run = run or _run_of(folder)
     config = json.loads(_file(folder, "config.json").read_text())
     if {"architecture", "pretrained_cfg"} <= config.keys():
-        return _of_timm(folder, origin, run)
+        return _of_timm(folder, origin, run, processor)
     architectures = config.get("architectures") or []
     known = [CLASSES[one] for one in architectures if one in CLASSES]
     if not known or config.get("model_type") not in ("hf_mae", "vit_mae"):
@@ -174,6 +202,8 @@ def _of_name(name: str, weights: Weights, processor: Mapping[str, Any] | None, s
             f"{', '.join(CLASSES)}"
         )
     model = known[0].from_pretrained(folder, dtype="auto")
+    if isinstance(model, MAEForImageClassification):
+        check_names(model)
     written = _read_optional(folder, "preprocessor_config.json")
     conversion = _read_optional(folder, "conversion.json")
     if conversion is not None:
@@ -181,18 +211,35 @@ def _of_name(name: str, weights: Weights, processor: Mapping[str, Any] | None, s
     return Source(
         model,
         origin,
-        _processor(model, None if written is None else json.loads(written), processor, say),
+        read_processor(model, None if written is None else json.loads(written), processor, say),
         given=processor is not None,
-        bce=recipe.get("loss", {}).get("name") == "bce" or model.config.problem_type == "multi_label_classification",
+        bce=recipe.get("loss", {}).get("name") == "bce" or _is_bce(model.config),
         folder=run,
         conversion=conversion,
     )
 
 
-def _of_timm(name: Path | str, origin: Origin, run: Path | None) -> Source:
+def _is_bce(config: MAEConfig) -> bool:
+    return config.problem_type == MULTI_LABEL
+
+
+def _of_timm(name: Path | str, origin: Origin, run: Path | None, given: Mapping[str, Any] | None) -> Source:
     model, spec = load(name)
+    check_channels("in_chans", spec.channels)
     processor = {"image_mean": list(spec.mean), "image_std": list(spec.std)}
-    return Source(model, origin, processor, spec=spec, bce=spec.loss == "bce", folder=run)
+    if unknown := sorted((given or {}).keys() - processor.keys()):
+        raise ValueError(
+            f"processor has the field{'s' * (len(unknown) > 1)} {', '.join(unknown)}, and of a model of timm only "
+            "image_mean and image_std can be given: its size and crop are those it was measured with"
+        )
+    processor |= {key: list(value) for key, value in (given or {}).items()}
+    check_statistics(processor, spec.channels)
+    names = timm_names(spec.names)
+    notes = [] if names == spec.names else ["names that ImageNet gives to several classes got a number"]
+    spec = replace(spec, names=names, mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]))
+    return Source(
+        model, origin, processor, given=bool(given), spec=spec, bce=spec.loss == "bce", folder=run, notes=notes
+    )
 
 
 def _of_official(path: Path, processor: Mapping[str, Any] | None, say: Say) -> Source:
@@ -203,8 +250,8 @@ def _of_official(path: Path, processor: Mapping[str, Any] | None, say: Say) -> S
             folder = convert(path, Path(name) / path.stem, say=say)
         except ValueError as error:
             raise ValueError(
-                f"{path.name} cannot be exported as it is: {error} (`hf-mae convert` takes what the file does not say; "
-                "then export the folder it writes)"
+                f"{path.name} cannot be exported as it is: {error} (`hf-mae convert` takes what the file does "
+                "not say as options; then export the folder it writes)"
             ) from error
         source = _of_name(str(folder), "last", processor, say)
     return replace(source, origin=replace(source.origin, name=path.name))
@@ -269,16 +316,11 @@ def _read_optional(folder: Path | str, name: str) -> str | None:
 
 def _sha256(folder: Path | str) -> str | None:
     if isinstance(folder, Path):
-        files = sorted(folder.glob("model*.safetensors"))
+        files = weight_files(folder)
     else:
         whole = cached_file(folder, "model.safetensors", _raise_exceptions_for_missing_entries=False)
         files = [] if whole is None else [Path(whole)]
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() if files else None
+    return hash_files(files)[1] if files else None
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -304,38 +346,3 @@ def _check_weights(model: nn.Module) -> list[str]:
 
 def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-
-
-def _processor(
-    model: MAEPreTrainedModel, written: dict[str, Any] | None, given: Mapping[str, Any] | None, say: Say
-) -> dict[str, Any]:
-    """Return the image processor in full: ours for this size, with what the folder says, with what the user says."""
-    imagenet = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
-    processor = EncoderTask(model, IMAGENET_MEAN, IMAGENET_STD).processor() | imagenet
-    channels = model.config.num_channels
-    if written is not None and written.get("image_processor_type") == "BitImageProcessor":
-        processor |= {name: written[name] for name in CARRIED if name in written}
-    elif written is not None and {"image_mean", "image_std"} <= written.keys():
-        processor |= {name: written[name] for name in ("image_mean", "image_std")}
-        say(
-            "of preprocessor_config.json only mean and std are taken; pictures are resized and cropped as in our "
-            "evaluation"
-        )
-    elif not {"image_mean", "image_std"} <= (given or {}).keys():
-        say("the model does not say how its pictures are normalised: ImageNet's mean and std are written")
-    if given is not None and (unknown := sorted(given.keys() - processor.keys())):
-        raise ValueError(
-            f"processor has the field{'s' * (len(unknown) > 1)} {', '.join(unknown)}, which BitImageProcessor has not; "
-            f"use {', '.join(processor)}"
-        )
-    processor |= given or {}
-    for name in ("image_mean", "image_std"):
-        if len(processor[name]) != channels:
-            raise ValueError(
-                f"{name}={processor[name]} does not fit num_channels={channels}; pass processor={{'{name}': [...]}} "
-                f"with {channels} value{'s' * (channels > 1)}"
-            )
-    return processor

@@ -41,6 +41,14 @@ BATCH_NORM = (
 DROP_PATH = "stochastic depth (drop_path_rate={rate:g}) belongs to training and is not carried"
 
 
+MASK_TOKEN = "the mask token of the encoder is left out: it stands for hidden patches, and here none is hidden"
+
+
+def drop_path(config: MAEConfig) -> list[str]:
+    """Return a sentence on stochastic depth, if there is any."""
+    return [DROP_PATH.format(rate=config.drop_path_rate)] if config.drop_path_rate else []
+
+
 class Stock(NamedTuple):
     """A model as a class of transformers."""
 
@@ -123,12 +131,8 @@ def as_classifier(model: MAEForImageClassification, *, problem_type: str | None 
         ValueError: BEiT cannot have an image of this shape.
     """
     config, ours = model.config, model.state_dict()
-    labels: dict[str, Any] = {
-        "id2label": config.id2label,
-        "label2id": {name: row for row, name in cast("dict[int, str]", config.id2label).items()},
-        "problem_type": problem_type,
-    }
-    changes = [DROP_PATH.format(rate=config.drop_path_rate)] if config.drop_path_rate else []
+    labels: dict[str, Any] = _labels(config) | {"problem_type": problem_type}
+    changes = drop_path(config)
     head = _linear(ours, "head", "classifier")
     if config.pool == "cls":
         stock = ViTConfig(**_vit_fields(config), **labels, architectures=["ViTForImageClassification"])
@@ -140,6 +144,14 @@ def as_classifier(model: MAEForImageClassification, *, problem_type: str | None 
     return Stock(stock, weights, [NO_KEY_BIAS, *changes])
 
 
+def as_graph(model: MAEPreTrainedModel, *, problem_type: str | None = None) -> Stock:
+    """Return what stands beside a graph, which has weights and pool inside: the config of a ViT, of any shape."""
+    classifies = isinstance(model, MAEForImageClassification)
+    labels: dict[str, Any] = _labels(model.config) | {"problem_type": problem_type} if classifies else {}
+    name = "ViTForImageClassification" if classifies else "ViTModel"
+    return Stock(ViTConfig(**_vit_fields(model.config), **labels, architectures=[name]), {}, [])
+
+
 def as_vit_encoder(model: MAEPreTrainedModel) -> Stock:
     """Return the encoder as `ViTModel` without a pooler: its `last_hidden_state` is ours."""
     config, ours = model.config, model.state_dict()
@@ -149,7 +161,7 @@ def as_vit_encoder(model: MAEPreTrainedModel) -> Stock:
         "ViTModel's pooler, which we have not, is not part of the file: pass add_pooling_layer=False, or transformers "
         "adds one of random weights, whose pooler_output means nothing"
     ]
-    return Stock(stock, weights, changes + _left_out(model))
+    return Stock(stock, weights, changes + left_out(model))
 
 
 def as_beit_encoder(model: MAEPreTrainedModel) -> Stock:
@@ -175,7 +187,7 @@ def as_beit_encoder(model: MAEPreTrainedModel) -> Stock:
         "the final norm stands behind the mean of the patch tokens: pooler_output is norm(mean(tokens)), not "
         "mean(norm(tokens)) of our forward_features, and last_hidden_state is what comes before the norm",
     ]
-    return Stock(stock, weights, changes + _left_out(model))
+    return Stock(stock, weights, changes + left_out(model))
 
 
 @torch.no_grad()
@@ -221,6 +233,11 @@ def _vit_fields(config: MAEConfig) -> dict[str, Any]:
     return _encoder_fields(config) | {"qkv_bias": True}
 
 
+def _labels(config: MAEConfig) -> dict[str, Any]:
+    names = cast("dict[int, str]", config.id2label)
+    return {"id2label": names, "label2id": {name: row for row, name in names.items()}}
+
+
 def _beit_fields(config: MAEConfig) -> dict[str, Any]:
     if _square(config.image_size) is None:
         raise ValueError(
@@ -249,10 +266,10 @@ def _plain(size: Any) -> int | tuple[int, int]:
     return height_width(size) if side is None else side
 
 
-def _left_out(model: MAEPreTrainedModel) -> list[str]:
-    if isinstance(model, MAEForPreTraining):
-        return ["the decoder is left out"]
-    return []
+def left_out(model: MAEPreTrainedModel) -> list[str]:
+    """Return what an encoder alone does not have of a model: sentences."""
+    left = ["the decoder is left out"] if isinstance(model, MAEForPreTraining) else []
+    return [*left, MASK_TOKEN] if model.config.mask_tokens_in_encoder else left
 
 
 # ------------------------------------------------------------------------------------------------ weights

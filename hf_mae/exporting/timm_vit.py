@@ -7,12 +7,11 @@ calling it gives `forward_features(pool=config.pool)` of ours, the cls token or 
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import save_file
-
+from hf_mae.exporting.stock import drop_path, left_out
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEPreTrainedModel
@@ -30,7 +29,7 @@ def as_timm(model: MAEPreTrainedModel, folder: Path, processor: dict[str, Any], 
     Args:
         model: a classifier with a linear head, or a model with an encoder, which alone is written.
         folder: created if need be.
-        processor: mean and std of the images, `image_mean` and `image_std`.
+        processor: mean and std of the images, `image_mean` and `image_std`; size and crop if they are not the rule.
         bce: the scores were trained for binary cross-entropy.
 
     Returns:
@@ -46,13 +45,13 @@ def as_timm(model: MAEPreTrainedModel, folder: Path, processor: dict[str, Any], 
             "'vit', 'beit' or 'vit_mae'"
         )
     classifier = isinstance(model, MAEForImageClassification)
-    size = height_width(config.image_size)
+    size, labels = height_width(config.image_size), cast("dict[int, str]", config.id2label)
     spec = TimmSpec(
         architecture=_architecture(config),
-        names=tuple(cast("dict[int, str]", config.id2label).values()) if classifier else (),
+        names=tuple(labels[row] for row in range(len(labels))) if classifier else (),
         image_size=size,
         test_image_size=size,
-        crop_pct=None,
+        crop_pct=_crop_pct(processor, size),
         channels=config.num_channels,
         drop_path_rate=0.0,
         mean=tuple(processor["image_mean"]),
@@ -69,11 +68,41 @@ def as_timm(model: MAEPreTrainedModel, folder: Path, processor: dict[str, Any], 
             "fc_norm": classifier and config.pool == "mean",
         },
     )
-    if classifier:
-        write_timm_folder(folder, spec, model.state_dict())
-        rate = config.drop_path_rate
-        return [f"stochastic depth (drop_path_rate={rate:g}) belongs to training and is not carried"] if rate else []
-    return _write_encoder(folder, spec, model)
+    decoder = ("decoder_", "mask_token", "encoder_mask_")
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(decoder)}
+    write_timm_folder(folder, spec, weights)
+    return drop_path(config) if classifier else left_out(model)
+
+
+def _crop_pct(processor: Mapping[str, Any], size: tuple[int, int]) -> float | None:
+    """Return the share of the short side that is seen, None for the rule of our evaluation.
+
+    Raises:
+        ValueError: the processor prepares pictures as timm does not.
+    """
+    told: dict[str, Any] = {
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": dict(zip(("height", "width"), size, strict=True)),
+    }
+    for name, value in told.items():
+        if (has := processor.get(name, value)) != value:
+            raise ValueError(
+                f"{name}={has} of the image processor cannot be told to timm, where it is {value} here; leave it out, "
+                "or use target 'vit' or 'beit'"
+            )
+    edges = processor.get("size", {})
+    if not edges:
+        return None
+    edge, side = edges.get("shortest_edge"), max(size)
+    if edge is None or edge < side:
+        raise ValueError(
+            f"size={edges} of the image processor cannot be told to timm; name a shortest_edge of at least {side}"
+        )
+    if edge == (side if side > 224 else int(side * 256 / 224)):
+        return None
+    # timm divides and cuts down to a whole number, which half a unit more keeps from being one too few.
+    return side / edge if int(side / (side / edge)) == edge else side / (edge + 0.5)
 
 
 def _architecture(config: MAEConfig) -> str:
@@ -94,35 +123,3 @@ def _mlp_ratio(config: MAEConfig) -> float:
 def _listed(size: Any) -> int | list[int]:
     height, width = height_width(size)
     return height if height == width else [height, width]
-
-
-def _write_encoder(folder: Path, spec: TimmSpec, model: MAEPreTrainedModel) -> list[str]:
-    """Write config.json and weights of a network without classes; `write_timm_folder` is for those that have some."""
-    names = [name for name in model.state_dict() if not name.startswith(("decoder_", "mask_token", "encoder_mask_"))]
-    shape = [spec.channels, *spec.test_image_size]
-    config: dict[str, Any] = {
-        "architecture": spec.architecture,
-        "num_classes": 0,
-        "num_features": model.config.hidden_size,
-        "global_pool": spec.model_args["global_pool"],
-        "model_args": dict(sorted({**spec.model_args, "in_chans": spec.channels, "img_size": shape[1:]}.items())),
-        "pretrained_cfg": {
-            "input_size": shape,
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": spec.test_crop_pct,
-            "test_crop_pct": spec.test_crop_pct,
-            "crop_mode": "center",
-            "mean": list(spec.mean),
-            "std": list(spec.std),
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return ["the decoder is left out"] if len(names) < len(model.state_dict()) else []

@@ -33,7 +33,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hf_mae
-from hf_mae.exporting.checked import write_json, write_stock
+from hf_mae.exporting.bars import no_bars_in_logs
+from hf_mae.exporting.checked import write_stock
+from hf_mae.exporting.files import write_json
 from hf_mae.exporting.folders import new_folder
 from hf_mae.exporting.lineage import lineage
 from hf_mae.exporting.parity import (
@@ -47,8 +49,8 @@ from hf_mae.exporting.parity import (
     prepare,
 )
 from hf_mae.exporting.questions import logits, noise, reconstruction, tokens
-from hf_mae.exporting.source import Say, Source, Target, Weights, read
-from hf_mae.exporting.stock import as_classifier, as_vit_encoder, fold_batch_norm
+from hf_mae.exporting.source import MULTI_LABEL, Say, Source, Target, Weights, read
+from hf_mae.exporting.stock import as_graph, left_out
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTrainedModel
 from hf_mae.models.timm_models import write_timm_folder
@@ -76,13 +78,15 @@ def export(
     outputs are compared with ours in float64 (1e-12) and float32 (1e-5). It takes its place only if they agree.
 
     Args:
-        model: an instance of a class of ours; a run folder; a model folder of ours, of timm or in the layout of
-            facebook/vit-mae-*; a Hub id of such; or an official `.pth` file.
+        model: an instance of a class of ours (its `config.problem_type` says if it was trained for binary
+            cross-entropy, as a run folder knows of itself); a run folder; a model folder of ours, of timm or in the
+            layout of facebook/vit-mae-*; a Hub id of such; or an official `.pth` file.
         out_dir: the folder to write. None is RUN/export/TARGET of a run.
         target: see the module; `auto` is the stock class of a classifier, `vit_mae` for a vanilla pretraining model and
             `hf_mae` for others, `vit` for an encoder, `timm` for a model of timm.
         weights: of a run folder: those of its newest checkpoint, of its best evaluation, or their moving average.
-        processor: fields of BitImageProcessor (`image_mean`, `image_std`, ...) in place of what the model folder says.
+        processor: fields of BitImageProcessor (`image_mean`, `image_std`, ...) in place of what the model folder says;
+            of a model of timm these two only.
         picture: a photograph for the checks; None is one that comes with scikit-learn.
         code: of target `hf_mae`: add files of Python that load the folder without this package.
         overwrite: replace `out_dir` even if it is no export.
@@ -100,7 +104,8 @@ def export(
         raise ValueError(f"target={target!r} is unknown; use one of {', '.join(get_args(Target))}")
     if picture is not None and not Path(picture).is_file():
         raise ValueError(f"picture={picture} is no file; name a picture")
-    source = read(model, weights=weights, processor=processor, say=say)
+    with no_bars_in_logs():
+        source = read(model, weights=weights, processor=processor, say=say)
     target = _resolve(source, target)
     if code and target != "hf_mae":
         raise ValueError(f"code=True is for target 'hf_mae', and target is {target!r}; stock classes need no code")
@@ -110,7 +115,7 @@ def export(
     out = out.expanduser()
     if not isinstance(model, nn.Module) and out.resolve() in (here := Path(model).resolve(), *here.parents):
         raise ValueError(f"out={out} holds the model that is exported; name another folder")
-    with new_folder(out, mark=RECORD, overwrite=overwrite) as folder:
+    with no_bars_in_logs(), new_folder(out, mark=RECORD, overwrite=overwrite) as folder:
         record = _write(source, target, folder, Path(picture) if picture is not None else flower(), code, say)
         if source.conversion is not None:
             (folder / "conversion.json").write_text(source.conversion)
@@ -172,6 +177,9 @@ def _write(source: Source, target: Target, folder: Path, picture: Path, code: bo
         "class": record["class"],
         "library": record["library"],
         "task": record["task"],
+        "classifies": source.classes is not None,
+        "channels": source.channels,
+        "problem_type": source.problem_type,
         "source": asdict(source.origin),
         "parity": record["parity"],
         "processor": record["processor"],
@@ -230,8 +238,8 @@ def _write_onnx(source: Source, folder: Path) -> dict[str, Any]:
 
     model, changes = source.model, []
     if isinstance(model, MAEForPreTraining):
-        model, changes = _encoder_of(model), ["the decoder is left out"]
-    classifies = source.spec is not None or isinstance(model, MAEForImageClassification)
+        model, changes = _encoder_of(model), left_out(model)
+    classifies = source.classes is not None
     parity = export_onnx(
         model,
         folder,
@@ -243,16 +251,13 @@ def _write_onnx(source: Source, folder: Path) -> dict[str, Any]:
         write_timm_folder(folder, source.spec, model.state_dict())
         (folder / "model.safetensors").unlink()
     else:
-        write_json(folder / "config.json", _onnx_config(source, model))
+        beside = as_graph(cast(MAEPreTrainedModel, model), problem_type=MULTI_LABEL if source.bce else None)
+        write_json(folder / "config.json", beside.config_json())
         write_json(folder / "preprocessor_config.json", source.processor)
-    task = "image-classification" if classifies else "image-feature-extraction"
+    task = None
+    if source.channels == 3:
+        task = "image-classification" if classifies else "image-feature-extraction"
     return _unchecked(type(model).__name__, "onnx", changes) | {"parity": parity, "task": task}
-
-
-def _onnx_config(source: Source, model: nn.Module) -> dict[str, Any]:
-    if isinstance(model, MAEForImageClassification):
-        return as_classifier(fold_batch_norm(model)).config_json()
-    return as_vit_encoder(cast(MAEPreTrainedModel, model)).config_json()
 
 
 def _encoder_of(model: MAEForPreTraining) -> MAEModel:

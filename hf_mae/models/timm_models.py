@@ -329,7 +329,7 @@ def _occurrences(names: Sequence[str]) -> dict[tuple[str, int], int]:
 
 
 def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor]) -> None:
-    """Write `config.json` and `model.safetensors`, for timm and for transformers.
+    """Write `config.json` and `model.safetensors`, for timm and for transformers; of an encoder if there are no names.
 
     `model_args` has no `num_classes`: transformers passes its own beside it and fails. A model trained with `bce` is
     marked `problem_type: multi_label_classification`, so that transformers' pipeline shows sigmoid scores.
@@ -340,7 +340,7 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
 
     Args:
         folder: created if need be.
-        spec: what the model is.
+        spec: what the model is; one without classes has `embed_dim` and `global_pool` in its `model_args`.
         weights: whole, under timm's names.
 
     Raises:
@@ -349,7 +349,7 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
     arguments = _arguments(spec)
     default = timm_library().models.get_pretrained_cfg(spec.architecture)
     head = weights.get(f"{default.classifier}.weight")
-    if head is None or len(head) != len(spec.names):
+    if (0 if head is None else len(head)) != len(spec.names):
         raise ValueError(
             f"the weights are not those of timm's {spec.architecture} with {len(spec.names)} classes: "
             f"{default.classifier}.weight is {'missing' if head is None else f'of {len(head)} classes'}"
@@ -371,11 +371,14 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
     config: dict[str, Any] = {
         "architecture": spec.architecture,
         "num_classes": len(spec.names),
-        "num_features": head.shape[1],
-        "label_names": list(spec.names),
+        "num_features": arguments["embed_dim"] if head is None else head.shape[1],
         "model_args": dict(sorted(arguments.items())),
         "pretrained_cfg": cfg,
     }
+    if spec.names:
+        config["label_names"] = list(spec.names)
+    else:
+        config["global_pool"] = arguments["global_pool"]
     if spec.test_image_size != spec.image_size:
         config["train_input_size"] = [spec.channels, *spec.image_size]
     if spec.loss == "bce":

@@ -1,0 +1,31 @@
+"""Progress bars of transformers and the Hub's client, which have no place in a log."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from transformers.utils import logging
+
+
+@contextmanager
+def no_bars_in_logs() -> Iterator[None]:
+    """Keep transformers from drawing bars where standard error is no terminal; afterwards all is as it was."""
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    hub_was_silent = are_progress_bars_disabled()
+    with warnings.catch_warnings():  # the environment may forbid the Hub's bars, or their absence, and that is said
+        warnings.simplefilter("ignore")
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.enable_progress_bar()
+            if hub_was_silent:
+                disable_progress_bars()

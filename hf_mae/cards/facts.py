@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 NOT_MEASURED = "not measured"
 
-Style = Literal["plain", "percent", "count", "seconds", "scientific", "short"]
+Style = Literal["plain", "percent", "count", "seconds", "scientific", "short", "markdown"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Fact:
     Attributes:
         value: as recorded.
         source: the file, and where in it.
-        style: how it is printed; `percent` is of a fraction.
+        style: how it is printed; `percent` is of a fraction, `markdown` is not escaped.
     """
 
     value: Any

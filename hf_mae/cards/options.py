@@ -17,6 +17,9 @@ class CardOptions:
     """Of `license=other`: the name of the licence."""
     license_link: str | None = None
     """Of `license=other`: the address of its text."""
+    base_license: str | None = None
+    """Licence of the model that the training started from, where it is gone and no record says. Look it up: it binds
+    the weights."""
     data_license: str | None = None
     """Terms of the training images, in words or as a Hub name."""
     datasets: tuple[str, ...] = ()
@@ -24,6 +27,9 @@ class CardOptions:
     data_name: str | None = None
     """Name of the training data in words (`CIFAR-10, 5,000 of its training images`), where it is not on the Hub. None
     takes the last part of its path."""
+    test_name: str | None = None
+    """Name of the data that the run measured on, in words (`CIFAR-10`), where it is not on the Hub. None takes the last
+    part of the path."""
     language: tuple[str, ...] = ()
     """Languages of the class names, as ISO 639 codes (`en`)."""
     base_model: str | None = None

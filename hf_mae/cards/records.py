@@ -1,7 +1,6 @@
 """The records a card is made of: what the export, the run and the evaluations wrote. Nothing else is believed.
 
-A record is a JSON file. Local paths are cut to their last part, and process numbers and machine names left out, before
-anything is published.
+A record is a JSON file. `hf_mae.cards.private` cuts what is nobody's business before anything is published.
 """
 
 from __future__ import annotations
@@ -15,18 +14,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
 from hf_mae.cards.vocabulary import is_hub_id
-from hf_mae.exporting.official import LICENSE, is_copy
+from hf_mae.exporting.lineage import is_official, lineage_of_run, with_official_terms
+from hf_mae.exporting.official import LICENSE
 from hf_mae.training.monitors import read_rows
-
-PRIVATE = frozenset({"pids", "hostname", "host", "user", "command"})
-"""Names of what is nobody's business."""
-NAMES = frozenset({"classes", "label_names", "id2label", "label2id"})
-"""Lists of class names, which may hold slashes."""
-MAX_LINEAGE = 8
-"""Runs that a run may come from, one after another."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +32,13 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Ancestor:
-    """A model that the weights come from."""
+    """A model that the weights come from, as of `hf_mae.training.origins`."""
 
     name: str
-    """A Hub id or a name of timm's, else the last part of a path."""
-    is_hub: bool
+    """A Hub id, else the name of a run or the last part of a path."""
+    kind: str
+    is_hub: bool = False
+    """It is on record that it came from the Hub under this name."""
     recipe: str | None = None
     """Of the run that made it, if it is one of ours."""
     license: str | None = None
@@ -91,6 +84,34 @@ class Records:
         """What was exported: `kind`, `weights`, `step`, `sha256`."""
         return self.export["source"]
 
+    @property
+    def classifies(self) -> bool:
+        """Whether it gives scores of classes."""
+        said = self.export.get("classifies")
+        if said is None:  # exports of before
+            return self.export["task"] == "image-classification" or self.export["class"].endswith("Classification")
+        return bool(said)
+
+    @property
+    def channels(self) -> int | None:
+        """Colour channels of the input, None where nobody says."""
+        cfg = self.config.get("pretrained_cfg") or {}
+        size = cfg.get("input_size") or (None,)
+        return self.export.get("channels") or self.config.get("num_channels") or size[0]
+
+    @property
+    def asks_each_class(self) -> bool:
+        """Whether each score is the answer to a question of its own (binary cross-entropy), to be read by a sigmoid."""
+        kind = self.export.get("problem_type") or self.config.get("problem_type")
+        return kind == "multi_label_classification"
+
+    @property
+    def dataset_id(self) -> str | None:
+        """Hub id of the training data, if it is on record that it was read from there: at a commit."""
+        path = str(self.recipe.get("data", {}).get("path") or "")
+        found = any(_is_commit(start.get("data", {}).get("revision")) for start in self.starts)
+        return path if found and is_hub_id(path) else None
+
 
 def run_of(export: Path) -> Path | None:
     """Return the run folder that an export lies in (RUN/export/TARGET), None if it lies elsewhere."""
@@ -116,6 +137,7 @@ def read_records(export: Path, run: Path | None = None, evaluations: Sequence[Pa
         raise ValueError(f"{export / 'export.json'} has format={told.get('format')!r}, not 1; export again")
     config = _read(export / "config.json")
     found: dict[str, Any] = {}
+    links = told.get("lineage")
     if run is not None:
         environment = _read(run / "environment.json")
         found = {
@@ -125,7 +147,9 @@ def read_records(export: Path, run: Path | None = None, evaluations: Sequence[Pa
             "evaluation": _read(run / "evaluation.json"),
             "best": _read(run / "best" / "best.json"),
         }
-        found["ancestors"] = tuple(_ancestors(found["recipe"].get("init_from") or ""))
+        _check_belongs(told, run, found)
+        if links is None:
+            links = lineage_of_run(run)
     conversion = _read(export / "conversion.json") or (_read(run / "conversion.json") if run is not None else {})
     return Records(
         folder=export,
@@ -135,6 +159,7 @@ def read_records(export: Path, run: Path | None = None, evaluations: Sequence[Pa
         parameters=count_parameters(export),
         conversion=conversion,
         evaluated=tuple(_evaluated(path, told["source"], run) for path in evaluations),
+        ancestors=tuple(_ancestor(link) for link in with_official_terms([*_own(told), *(links or [])])),
         **found,
     )
 
@@ -153,7 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); restore it or leave the record out") from error
 
@@ -174,93 +199,79 @@ def _evaluated(path: Path, source: Mapping[str, Any], run: Path | None) -> Evalu
 
 def _is_of(model: str, source: Mapping[str, Any], run: Path | None) -> bool:
     """Return whether an evaluated model is the exported one: by the hash of its weights, else by its place."""
-    weights = Path(model).expanduser() / "model.safetensors"
-    if weights.is_file() and source.get("sha256"):
-        with weights.open("rb") as file:
-            found = sha256()
+    found = hash_of(Path(model).expanduser())
+    if found is not None and source.get("sha256"):
+        return found == source["sha256"]
+    return run is not None and Path(model).as_posix().endswith(f"{run.name}/{_place(source)}")
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    """Return where in its run the exported model lies."""
+    step = f"checkpoints/step_{source.get('step') or 0:08d}"
+    return {"best": "best/model", "average": f"{step}/model_ema"}.get(source["weights"], f"{step}/model")
+
+
+def hash_of(folder: Path) -> str | None:
+    """Return the SHA-256 of the weights of a model folder, of all files in order; None if there are none."""
+    digest, files = sha256(), sorted(folder.glob("model*.safetensors"))
+    for path in files:
+        with path.open("rb") as file:
             while block := file.read(1 << 20):
-                found.update(block)
-        return found.hexdigest() == source["sha256"]
-    if run is None:
-        return False
-    name = f"checkpoints/step_{source['step'] or 0:08d}"
-    place = {"best": "best/model", "average": f"{name}/model_ema"}.get(source["weights"], f"{name}/model")
-    return Path(model).as_posix().endswith(f"{run.name}/{place}")
+                digest.update(block)
+    return digest.hexdigest() if files else None
 
 
-def _ancestors(init_from: str) -> list[Ancestor]:
-    found: list[Ancestor] = []
-    while init_from and len(found) < MAX_LINEAGE:
-        path = Path(init_from).expanduser()
-        if not path.exists():
-            found.append(_known(init_from))
-            break
-        conversion, recipe = _beside(path, "conversion.json"), _beside(path, "recipe.json")
-        license_id = conversion.get("license")
-        source = "conversion.json of what it was trained from" if license_id else ""
-        card = path / "README.md"
-        if license_id is None and card.is_file():
-            license_id, source = ModelCard.load(card).data.get("license"), "the card of what it was trained from"
-        if license_id is None and is_official(path.name):
-            license_id, source = LICENSE, "the LICENSE of facebookresearch/mae"
-        found.append(Ancestor(path.name, False, recipe.get("name"), license_id, source))
-        init_from = recipe.get("init_from") or ""
-    return found
+def _check_belongs(told: Mapping[str, Any], run: Path, found: Mapping[str, Any]) -> None:
+    """Refuse the records of a run that the export was not made from.
+
+    Raises:
+        ValueError: it is another run, or was trained anew since.
+    """
+    source, name = told["source"], run.resolve().name
+    remedy = f"export {run} again, or name the run that it was made from (--run)"
+    if not found["recipe"]:
+        raise ValueError(f"run={run} is no run folder (no recipe.json); name the run that the export was made from")
+    if source.get("step") is None or source.get("run") != found["recipe"].get("name"):
+        made_from = f"of recipe {source['run']!r}" if source.get("run") else "of no run"
+        raise ValueError(
+            f"run={run} has recipe {found['recipe'].get('name')!r}, and the export is {made_from}; {remedy}"
+        )
+    there = hash_of(run / _place(source))
+    if there is not None and source.get("sha256"):
+        if there != source["sha256"]:
+            raise ValueError(
+                f"run={run} holds other weights in {_place(source)} than were exported (weights={source['weights']}, "
+                f"step={source['step']}), so its records are not theirs; {remedy}"
+            )
+        return
+    # The checkpoint was pruned since: its name and times have to fit.
+    first = found["starts"][0]["time"] if found["starts"] else ""
+    last = max((row["step"] for row in found["rows"]), default=source["step"])
+    if source["name"] != name or source["step"] > last or told.get("time", first) < first:
+        raise ValueError(
+            f"run={run} no longer holds the exported weights ({_place(source)}), and is not the run that the export "
+            f"names ({source['name']}, step {source['step']}, {told.get('time')}); {remedy}"
+        )
 
 
-def is_official(name: str) -> bool:
-    """Return whether weights are the official ones of MAE, or a known copy of them, by their name."""
-    name = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    return (
-        re.search(r"mae_(?:pretrain|finetuned|visualize)_vit_", name) is not None
-        or is_copy(name)
-        or ("/" not in name and is_copy(f"timm/{name}"))
-    )
+def _own(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a link for the exported weights themselves where their name says whose they are; exports of before."""
+    name = str(told["source"].get("name") or "")
+    if "lineage" in told or told["source"]["kind"] not in ("model", "conversion") or not is_official(name):
+        return []
+    return [{"name": name, "kind": "missing", "license": LICENSE, "source": ""}]
 
 
-def _known(name: str) -> Ancestor:
-    if is_official(name):
-        return Ancestor(name, is_hub_id(name), None, LICENSE, "the LICENSE of facebookresearch/mae")
-    plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    if is_hub_id(plain) and not name.startswith((".", "~")):
-        return Ancestor(plain, True)
-    if "/" in name:
-        return Ancestor(Path(name).name, False)
-    import timm  # takes seconds
-
-    if not timm.is_model(name.partition(".")[0]):
-        return Ancestor(name, False)
-    known = timm.models.get_pretrained_cfg(name)
-    license_id = known.license if known is not None else None
+def _ancestor(link: Mapping[str, Any]) -> Ancestor:
     return Ancestor(
-        f"timm/{name}" if "." in name else name, "." in name, None, license_id, "timm's record of the weights"
+        name=str(link["name"]),
+        kind=str(link["kind"]),
+        is_hub=link["kind"] == "hub" and _is_commit(link.get("revision")) and is_hub_id(str(link["name"])),
+        recipe=link.get("recipe"),
+        license=link.get("license"),
+        license_source=str(link.get("source") or ""),
     )
 
 
-def _beside(path: Path, name: str) -> dict[str, Any]:
-    """Return a record of the run or folder that a model lies in: RUN, RUN/best/model, RUN/checkpoints/step_N/model."""
-    for folder in [path, *path.parents][:4]:
-        if record := _read(folder / name):
-            return record
-    return {}
-
-
-def published(value: Any) -> Any:
-    """Return a record as it may be published: paths of this machine cut to their last part, private names left out."""
-    if isinstance(value, Mapping):
-        return {k: v if k in NAMES else published(v) for k, v in value.items() if k not in PRIVATE}
-    if isinstance(value, list | tuple):
-        return [published(v) for v in value]
-    if isinstance(value, str):
-        return without_path(value)
-    return value
-
-
-def without_path(text: str) -> str:
-    """Return a path of this machine as its last part; everything else as it is."""
-    if is_hub_id(text) and not Path(text).exists():
-        return text
-    if re.match(r"^(?:[/~.]|[A-Za-z]:[\\/])\S*$", text) or (re.fullmatch(r"[\w.-]+(?:/[\w.-]+)+", text)):
-        return re.split(r"[\\/]", text.rstrip("/\\"))[-1] or text
-    # A path inside a sentence.
-    return re.sub(r"(?<![\w:/.])(?:/[\w.@+-]+){2,}/?", lambda m: m.group().rstrip("/").rsplit("/", 1)[-1], text)
+def _is_commit(revision: Any) -> bool:
+    return isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision) is not None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_mae.cards.facts import Fact, maybe
+from hf_mae.cards.private import last_part, published
 from hf_mae.cards.records import Records
 
 METRICS = {
@@ -42,7 +43,9 @@ class Result:
         split: which part of it.
         images: how many.
         weights: which of the run's.
-        resolution: of the test pictures, where an evaluation chose its own.
+        transform: size and crop of the test pictures, where an evaluation recorded its own.
+        as_exported: these are the size and crop that the export prepares pictures with.
+        of_run: the run measured it, not an evaluation after training.
     """
 
     name: str
@@ -55,7 +58,18 @@ class Result:
     split: str
     images: Fact | None
     weights: str
-    resolution: str = ""
+    transform: str = ""
+    as_exported: bool = True
+    of_run: bool = True
+
+
+def comparable(results: Sequence[Result]) -> list[Result]:
+    """Return what may stand for the model elsewhere: measured as exported, one for each data set, part and metric."""
+    found: dict[tuple[str, str, str], Result] = {}
+    for one in results:
+        if one.as_exported:
+            found.setdefault((one.dataset_id or one.data, one.split, one.name), one)
+    return list(found.values())
 
 
 def measured(records: Records, data: str, dataset_id: str | None) -> list[Result]:
@@ -63,7 +77,7 @@ def measured(records: Records, data: str, dataset_id: str | None) -> list[Result
 
     Args:
         records: of the export.
-        data: name of the training data set, in whose held-out part the run measured.
+        data: name of the data set that the run measured on.
         dataset_id: its Hub id, if it has one.
     """
     found: list[Result] = []
@@ -72,33 +86,48 @@ def measured(records: Records, data: str, dataset_id: str | None) -> list[Result
         revision = (records.starts[-1]["data"].get("revision") if records.starts else None) if dataset_id else None
         for value in numbers:
             name = value.source.rsplit(" ", 1)[-1]
-            split = "training images" if name == "loss" else split_words(records)
+            # RankMe is of the bank of the nearest neighbours, see hf_mae.evaluation.features.
+            split = "training images" if name in ("loss", "rankme") else split_words(records)
             count = None if name in ("loss", "rankme") else images or _monitored(records)
             found.append(_result(name, value, data, dataset_id, revision, split, count, weights_words(records)))
     for extra in records.evaluated:
         file = f"evaluation {extra.name}/summary.json"
-        where = str(extra.summary.get("data", "")).rstrip("/").rsplit("/", 1)[-1] or extra.name
         own = extra.summary.get("data") == records.recipe.get("data", {}).get("path")
-        split = extra.summary.get("split") or extra.summary.get("splits") or "split not recorded"
-        size = maybe(extra.summary, "image_size", file)
-        shown = "x".join(map(str, size.value)) if size else ""
+        where = data if own else last_part(str(extra.summary.get("data", ""))) or extra.name
+        split = last_part(str(extra.summary.get("split") or extra.summary.get("splits") or "split not recorded"))
         count = maybe(extra.summary, "numbers.examples", file, "count")
         for name in METRICS:
             value = maybe(extra.summary, f"numbers.{name}", file, METRICS[name][2])  # type: ignore[arg-type]
             if value is not None:
-                row = _result(
-                    name,
-                    value,
-                    data if own else where,
-                    dataset_id if own else None,
-                    None,
-                    split,
-                    count,
-                    weights_words(records),
-                    shown,
+                made = _result(
+                    name, value, where, dataset_id if own else None, None, split, count, weights_words(records)
                 )
-                found.append(row)
+                shown, same = transform_words(extra.summary), _is_as_exported(extra.summary, records.preprocessing)
+                found.append(replace(made, transform=shown, as_exported=same, of_run=False))
     return found
+
+
+def transform_words(summary: Mapping[str, Any]) -> str:
+    """Return the size and crop of an evaluation's pictures in words."""
+    size, crop = summary.get("image_size"), summary.get("crop_pct")
+    words = "x".join(map(str, size)) if size else "size not recorded"
+    return words + (f", crop {crop:g}" if crop is not None else ", crop not recorded")
+
+
+def _is_as_exported(summary: Mapping[str, Any], prepared: Mapping[str, Any]) -> bool:
+    """Return whether an evaluation showed pictures as the export prepares them, by size and by share of the side."""
+    size, crop = summary.get("image_size"), summary.get("crop_pct")
+    if not size or crop is None or not prepared:
+        return False
+    if "input_size" in prepared:  # of timm
+        shown = list(prepared.get("test_input_size") or prepared["input_size"])[1:]
+        return shown == list(size) and abs(float(prepared.get("test_crop_pct") or prepared["crop_pct"]) - crop) < 1e-6
+    whole = prepared.get("size", {})
+    cut = prepared.get("crop_size", {}) if prepared.get("do_center_crop") else whole
+    if [cut.get("height"), cut.get("width")] != list(size):
+        return False
+    short = whole.get("shortest_edge") or min(whole.get("height", 0), whole.get("width", 0))
+    return abs(short - min(size) / crop) < 1  # both codes cut the fraction of a pixel
 
 
 def _monitored(records: Records) -> Fact | None:
@@ -116,10 +145,9 @@ def _result(
     split: str,
     images: Fact | None,
     weights: str,
-    resolution: str = "",
 ) -> Result:
     label, metric, _ = METRICS[name]
-    return Result(name, label, metric, value, data, dataset_id, revision, split, images, weights, resolution)
+    return Result(name, label, metric, value, data, dataset_id, revision, split, images, weights)
 
 
 def _of_run(records: Records) -> tuple[list[Fact], Fact | None]:
@@ -157,7 +185,7 @@ def split_words(records: Records) -> str:
     recorded = records.starts[-1].get("tested_on") if records.starts else None
     split = recorded or evals.get("split") or "held-out split (validation, else test)"
     if data.get("splits"):
-        rule = str(data["splits"]).rsplit("/", 1)[-1] if str(data["splits"]).endswith(".json") else data["splits"]
+        rule = published(data["splits"], field="splits")
         return f"{split}, part of {rule}"
     return str(split)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_mae.cards.facts import NOT_MEASURED, Fact, Style, fact, maybe
+from hf_mae.cards.private import published
 from hf_mae.cards.records import Records
 
 Row = tuple[str, "Fact | str"]
@@ -51,9 +52,13 @@ def training_table(records: Records) -> list[Row]:
     if rates:
         table.append(("highest learning rate used", Fact(max(rates), f"{METRICS_FILE}: largest lr", "short")))
     if rows:
-        table.append(("updates", Fact(rows[-1]["step"], f"{METRICS_FILE}: last row, step", "count")))
-        table.append(("epochs", Fact(round(rows[-1]["epoch"], 2), f"{METRICS_FILE}: last row, epoch")))
-        table.append(("samples seen", Fact(rows[-1]["examples_seen"], f"{METRICS_FILE}: last row", "count")))
+        step = records.source.get("step")
+        if step is not None and step != rows[-1]["step"]:
+            table.append(("updates until these weights", Fact(step, f"{EXPORT}: source.step", "count")))
+        table.append(("updates of the run", Fact(rows[-1]["step"], f"{METRICS_FILE}: last row, step", "count")))
+        table.append(("epochs of the run", Fact(round(rows[-1]["epoch"], 2), f"{METRICS_FILE}: last row, epoch")))
+        seen = Fact(rows[-1]["examples_seen"], f"{METRICS_FILE}: last row", "count")
+        table.append(("samples seen by the run", seen))
     for label, path, style in _TRAINING:
         found = maybe(recipe, path, RECIPE, style)
         if found is not None and (path in _SAID_WHEN_OFF or (found.value not in _OFF and found.value != 1.0)):
@@ -99,12 +104,16 @@ def hardware_table(records: Records) -> list[Row]:
         return []
     last = starts[-1]
     where = f"{ENVIRONMENT}: last start"
-    device = str(last["device"]).partition(":")[0]
     table: list[Row] = [
-        ("device", Fact(device, f"{where}, device")),
-        ("processes", Fact(last["processes"], f"{where}, processes")),
-        ("CPU cores", Fact(last["cpus"], f"{where}, cpus")),
-        ("images per process and forward pass", Fact(last["micro_batch"], f"{where}, micro_batch")),
+        (label, _distinct(starts, name))
+        for label, name in (
+            ("device", "device"),
+            ("processes", "processes"),
+            ("CPU cores", "cpus"),
+            ("images per process and forward pass", "micro_batch"),
+        )
+    ]
+    table += [
         ("first start", Fact(starts[0]["time"], f"{ENVIRONMENT}: first start, time")),
         ("starts", Fact(len(starts), f"{ENVIRONMENT}: starts", "count")),
     ]
@@ -120,6 +129,12 @@ def hardware_table(records: Records) -> list[Row]:
     versions = ", ".join(f"{n} {last['packages'][n]}" for n in names if n in last["packages"])
     table.append(("versions", Fact(f"Python {last['python']}, {versions}", f"{where}, packages")))
     return table
+
+
+def _distinct(starts: Sequence[Mapping[str, Any]], name: str) -> Fact:
+    """Return what the starts had, in order and each once: a run may go on on another machine."""
+    found = list(dict.fromkeys(str(start[name]).partition(":")[0] for start in starts))
+    return Fact(", then ".join(found), f"{ENVIRONMENT}: starts, {name}")
 
 
 def training_time(rows: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
@@ -138,8 +153,8 @@ def data_table(records: Records, name: str, dataset_id: str | None, licence: str
         return []
     data = records.starts[-1]["data"] if records.starts else {}
     where = f"{ENVIRONMENT}: last start, data"
-    shown = f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})" if dataset_id else name
-    table: list[Row] = [("data set", Fact(shown, f"{RECIPE}: data.path"))]
+    link = Fact(f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})", f"{RECIPE}: data.path", "markdown")
+    table: list[Row] = [("data set", link if dataset_id else Fact(name, f"{RECIPE}: data.path"))]
     if not dataset_id:
         table.append(("where", "files of the author; not on the Hub under this name"))
     if data.get("rows") is not None:
@@ -149,9 +164,7 @@ def data_table(records: Records, name: str, dataset_id: str | None, licence: str
     if data.get("classes"):
         table.append(("classes", Fact(len(data["classes"]), f"{where}, classes", "count")))
     if records.recipe["data"].get("splits"):
-        rule = str(records.recipe["data"]["splits"]).rsplit("/", 1)[-1]
-        if not rule.endswith(".json"):
-            rule = str(records.recipe["data"]["splits"])
+        rule = published(records.recipe["data"]["splits"], field="splits")
         table.append(("divided by", Fact(rule, f"{RECIPE}: data.splits")))
     bad = [row["bad_samples"] for row in records.rows if row.get("bad_samples") is not None]
     if bad:
@@ -214,10 +227,34 @@ def exactness_table(records: Records) -> list[Row]:
     if (images := maybe(parity, "images", f"{EXPORT}: parity")) is not None:
         table.append(("images compared", images))
     processor = records.export.get("processor") or {}
+    moved = ", crops laid over each other" if _is_moved(processor) else ""
     for name, label in (("pil", 'processor with backend="pil"'), ("default", "processor as loaded by default")):
         if (found := maybe(processor, name, f"{EXPORT}: processor", "short")) is not None:
-            table.append((f"{label}, largest difference to our evaluation transform", found))
+            table.append((f"{label}, largest difference to our evaluation transform{moved}", found))
     return table
+
+
+def processor_words(records: Records) -> str:
+    """Return how the image processor compares with the transform of our evaluation, as far as export.json says."""
+    processor = records.export.get("processor") or {}
+    agrees = processor.get("agrees")
+    if agrees is None or records.export["library"] != "transformers":
+        return ""
+    if not agrees:
+        return (
+            "The image processor does not prepare pictures as our evaluation did (see the differences above), so "
+            "accuracy may differ from what was measured."
+        )
+    return (
+        '`AutoImageProcessor.from_pretrained(..., backend="pil")` prepares pictures as our evaluation does, but for '
+        "up to one pixel of crop offset, as it rounds the place of the crop in its own way; the default backend "
+        "computes on tensors and rounds pixels differently too."
+    )
+
+
+def _is_moved(processor: Mapping[str, Any]) -> bool:
+    shift = processor.get("shift") or 0
+    return any(shift) if isinstance(shift, list | tuple) else bool(shift)
 
 
 def architecture_table(records: Records) -> list[Row]:

@@ -11,13 +11,19 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from hf_mae.cards.options import CardOptions
-from hf_mae.cards.records import Records, is_official
-from hf_mae.cards.results import Result
-from hf_mae.cards.vocabulary import LICENSES, is_hub_id, is_noncommercial
+from hf_mae.cards.records import Records
+from hf_mae.cards.results import Result, comparable
+from hf_mae.cards.vocabulary import LICENSES, is_noncommercial
+from hf_mae.exporting.lineage import OFFICIAL_TERMS, is_official
 from hf_mae.exporting.official import LICENSE
 
 NO_PIPELINE = frozenset({"ViTMAEForPreTraining", "MAEForPreTraining"})
 """Classes without a task of the Hub: the stock pipeline masks and shuffles at random, so that its features are none."""
+
+
+_NAMES_OF_THE_HUB = (
+    "see huggingface.co/docs/hub/repositories-licenses, and use other (with license_name) for one that is not there"
+)
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,26 @@ def terms(records: Records, options: CardOptions) -> Terms:
         inherited.append((given, "conversion.json"))
     inherited += [(a.license, f"{a.name}: {a.license_source}") for a in records.ancestors if a.license]
     if options.base_model and is_official(options.base_model):
-        inherited.append((LICENSE, f"{options.base_model}: the LICENSE of facebookresearch/mae"))
+        inherited.append((LICENSE, f"{options.base_model}: {OFFICIAL_TERMS}"))
+    if options.base_license is not None:
+        if options.base_license not in LICENSES:
+            raise ValueError(
+                f"base_license={options.base_license!r} is not one of the Hub's names; {_NAMES_OF_THE_HUB}"
+            )
+        inherited.append((options.base_license, "--base-license, stated by who publishes the weights"))
+    # Of runs of our own the new licence speaks; so it does of weights that are published as they were converted.
+    spoken_for = {"run", "conversion"} if records.conversion else {"run"}
+    unknown = next((a for a in records.ancestors if not a.license and a.kind not in spoken_for), None)
+    if unknown is not None and options.base_license is None and not any(is_noncommercial(x) for x, _ in inherited):
+        gone = ", which is no longer where training found it" if unknown.kind == "missing" else ""
+        raise ValueError(
+            f"license is not known: the weights derive from {unknown.name}{gone}, whose terms are on no record; look "
+            "them up and say --base-license NAME (non-commercial terms bind what derives from them)"
+        )
     bound = next(((name, where) for name, where in inherited if is_noncommercial(name)), None)
     chosen = options.license
     if chosen is not None and chosen not in LICENSES:
-        raise ValueError(
-            f"license={chosen!r} is not one of the Hub's names; see huggingface.co/docs/hub/repositories-licenses, "
-            "and use other (with license_name) for one that is not there"
-        )
+        raise ValueError(f"license={chosen!r} is not one of the Hub's names; {_NAMES_OF_THE_HUB}")
     if chosen == "other" and not (options.license_name and options.license_link):
         raise ValueError("license=other needs license_name and license_link; add --license-name and --license-link")
     if bound is not None and chosen is not None and not is_noncommercial(chosen):
@@ -60,26 +78,29 @@ def terms(records: Records, options: CardOptions) -> Terms:
         return Terms(bound[0], f"of the weights these derive from ({bound[1]})")
     if inherited:
         return Terms(inherited[0][0], f"of the weights these derive from ({inherited[0][1]})")
-    if records.ancestors:
-        raise ValueError(
-            f"license is not known: the weights derive from {records.ancestors[0].name}, whose terms are on no record; "
-            "look them up and say --license NAME"
-        )
     raise ValueError("license is not known: nothing records it; say --license NAME (such as apache-2.0)")
 
 
 def data_name(records: Records, options: CardOptions) -> tuple[str, str | None]:
     """Return the name of the training data without a path, and its Hub id if it has one."""
-    if options.datasets:
-        return options.data_name or options.datasets[0].rsplit("/", 1)[-1], options.datasets[0]
+    dataset_id = options.datasets[0] if options.datasets else records.dataset_id
     if options.data_name:
-        return options.data_name, None
-    path = str(records.recipe.get("data", {}).get("path") or "")
-    if is_hub_id(path) and not path.startswith("runs/") and not Path(path).exists():
-        return path.rsplit("/", 1)[-1], path
-    if not path:
-        return "data", None
-    return path.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1], None
+        return options.data_name, dataset_id
+    return _last_part(dataset_id or _path(records)) or "data", dataset_id
+
+
+def measured_on(records: Records, options: CardOptions) -> tuple[str, str | None]:
+    """Return the name of the data that the run measured on, which is not that of a part of it, and its Hub id."""
+    dataset_id = options.datasets[0] if options.datasets else records.dataset_id
+    return options.test_name or _last_part(dataset_id or _path(records)) or "data", dataset_id
+
+
+def _path(records: Records) -> str:
+    return str(records.recipe.get("data", {}).get("path") or "")
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("/\\"))[-1]
 
 
 def base_model(records: Records, options: CardOptions) -> str | None:
@@ -108,7 +129,7 @@ def metadata(
         samples: paths of pictures in the repository.
     """
     licence, base = terms(records, options), base_model(records, options)
-    _, dataset_id = data_name(records, options)
+    dataset_id = data_name(records, options)[1]
     extra: dict[str, Any] = {}
     if licence.license == "other":
         extra |= {"license_name": options.license_name, "license_link": options.license_link}
@@ -123,7 +144,7 @@ def metadata(
             }
             for path in samples
         ]
-    listed = [result for result in results if result.name in ("top1", "top5", "real_top1")]
+    listed = [result for result in comparable(results) if result.name in ("top1", "top5", "real_top1")]
     evaluated = [
         EvalResult(
             task_type="image-classification",
@@ -171,7 +192,7 @@ def _tags(records: Records, tag: str | None, options: CardOptions) -> list[str]:
 def eval_entries(results: Sequence[Result]) -> dict[str, list[EvalResultEntry]]:
     """Return entries for `.eval_results/`, by file name: the top-1 accuracy in each data set of the Hub."""
     found: dict[str, list[EvalResultEntry]] = {}
-    for r in results:
+    for r in comparable(results):
         if r.name == "top1" and r.dataset_id is not None:
             entry = EvalResultEntry(
                 dataset_id=r.dataset_id,

@@ -75,7 +75,9 @@ def is_noncommercial(license_id: str) -> bool:
 def is_language(code: str) -> bool:
     """Return whether the Hub takes this as a language: ISO 639-1 or three letters, with BCP-47 subtags or without."""
     first, _, rest = code.partition("-")
-    known = first in LANGUAGES or re.fullmatch(r"[a-z]{3}", first) is not None or code in {"multilingual", "code"}
+    private = re.fullmatch(r"q[a-t][a-z]", first) is not None  # ISO 639-2 keeps them for local use
+    known = first in LANGUAGES or (re.fullmatch(r"[a-z]{3}", first) is not None and not private)
+    known = known or code in {"multilingual", "code"}
     return known and re.fullmatch(r"(?:[A-Za-z0-9]{2,8}(?:-|$))*", rest) is not None
 
 

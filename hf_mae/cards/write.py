@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from hf_mae.cards.citations import citations
 from hf_mae.cards.facts import NOT_MEASURED, Fact, maybe
 from hf_mae.cards.options import CardOptions
 from hf_mae.cards.pictures import Picture, copy_samples, draw_pictures
-from hf_mae.cards.records import Records, published, read_records, run_of
+from hf_mae.cards.private import published
+from hf_mae.cards.records import Records, read_records, run_of
 from hf_mae.cards.results import Result, evaluations_before_best, measured, weights_words
 from hf_mae.cards.tables import (
     architecture_table,
@@ -24,11 +26,22 @@ from hf_mae.cards.tables import (
     exactness_table,
     hardware_table,
     preprocessing_table,
+    processor_words,
     training_table,
 )
-from hf_mae.cards.terms import base_model, data_name, eval_entries, metadata, terms
+from hf_mae.cards.terms import base_model, data_name, eval_entries, measured_on, metadata, terms
 from hf_mae.cards.vocabulary import is_hub_id
 
+_KINDS = {
+    "run": ", a run of the author",
+    "hub": ", from the Hub",
+    "conversion": ", weights of others that were converted",
+    "export": ", an export on the author's machine",
+    "folder": ", a model folder on the author's machine",
+    "file": ", a file of weights",
+    "missing": ", which is no longer where training found it",
+}
+"""What an ancestor is that has no page of its own, by its kind."""
 DENSE_TASKS = frozenset({"object-detection", "image-segmentation"})
 
 
@@ -56,13 +69,13 @@ def write_card(
     """
     if not is_hub_id(repo_id):
         raise ValueError(f"repo_id={repo_id!r} is not of the form ORG/NAME; name the repository it will be")
+    _check_one_line(options)
     run = run or run_of(export)
     records = read_records(export, run, evaluations)
     terms(records, options)  # refuses before anything is written
     samples = copy_samples(export, options.samples)
     pictures = draw_pictures(records, options, samples, run)
-    name, dataset_id = data_name(records, options)
-    results = measured(records, name, dataset_id)
+    results = measured(records, *measured_on(records, options))
     text, printed = card_text(records, repo_id, options, results, pictures, samples)
     _write_records(records, printed)
     _write_eval_results(export, results)
@@ -71,6 +84,13 @@ def write_card(
     partial.write_text(text, encoding="utf-8")
     partial.replace(card)
     return card
+
+
+def _check_one_line(options: CardOptions) -> None:
+    for name, value in vars(options).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and re.search(r"[\x00-\x1f\x7f\u2028\u2029]", text):
+                raise ValueError(f"{name}={text!r} has more than one line (or control characters); write it in one")
 
 
 def card_text(
@@ -113,11 +133,18 @@ def template_of(records: Records) -> str:
         return "dense.md.jinja"
     if records.export["library"] == "timm":
         return "timm.md.jinja"
-    return "classifier.md.jinja" if _classifies(records) else "mae-pretrained.md.jinja"
+    return "classifier.md.jinja" if records.classifies else "mae-pretrained.md.jinja"
 
 
-def _classifies(records: Records) -> bool:
-    return records.export["task"] == "image-classification" or str(records.export["class"]).endswith("Classification")
+def cell(text: str) -> str:
+    """Return a text as it reads in a line or a cell of a table of Markdown: no markup, no HTML, no new line."""
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
+    return text.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def code(text: str) -> str:
+    """Return a text as inline code of Markdown, which knows no escapes."""
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "/") + "`"
 
 
 def render(template: str, context: Mapping[str, Any]) -> tuple[str, list[Fact]]:
@@ -143,6 +170,10 @@ def render(template: str, context: Mapping[str, Any]) -> tuple[str, list[Fact]]:
             raise ValueError(f"{template} prints {value!r}, which is no fact: a card holds no number without a record")
         return value
 
+    def in_a_cell(value: Any) -> str:
+        text = only_facts(value)
+        return text if isinstance(value, Fact) and value.style == "markdown" else cell(str(text))
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates_folder()),
         undefined=jinja2.StrictUndefined,
@@ -152,6 +183,7 @@ def render(template: str, context: Mapping[str, Any]) -> tuple[str, list[Fact]]:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters |= {"cell": in_a_cell, "code": lambda value: code(str(only_facts(value)))}
     try:
         text = environment.get_template(template).render(**context)
     except jinja2.UndefinedError as error:
@@ -180,8 +212,12 @@ def _context(
         "cls": export["class"],
         "kind": export["source"]["kind"],
         "weights": export["source"]["weights"],
-        "classifies": _classifies(records),
-        "grey": config.get("num_channels") == 1,
+        "classifies": records.classifies,
+        "grey": records.channels == 1,
+        "sigmoid": records.asks_each_class,
+        "processor_words": processor_words(records),
+        "of_run": any(result.of_run for result in results),
+        "monitors": any(result.name in ("knn_accuracy", "probe_accuracy") for result in results),
         "has_run": bool(records.recipe),
         "exported_weights": weights_words(records),
         "data": name,
@@ -191,8 +227,9 @@ def _context(
         "license_link": options.license_link or "",
         "base_model": base_model(records, options) or "",
         "ancestors": records.ancestors,
+        "words": _KINDS,
         "conversion": bool(records.conversion),
-        "converted_from": published(records.conversion.get("source") or ""),
+        "converted_from": records.conversion.get("source") or "",
         "known": known.get("name", ""),
         "paper": _paper(known),
         "f": {
@@ -264,10 +301,14 @@ def _write_records(records: Records, printed: Sequence[Fact]) -> None:
         "conversion": records.conversion,
         "facts": facts,
     }
-    whole |= {f"evaluation_{e.name}": {"summary": e.summary, "evaluation": e.evaluation} for e in records.evaluated}
+    keep = {records.dataset_id or "", *(a.name for a in records.ancestors)}
+    whole |= {
+        f"evaluation_{re.sub(r'[^A-Za-z0-9.-]+', '_', e.name)}": {"summary": e.summary, "evaluation": e.evaluation}
+        for e in records.evaluated
+    }
     for name, record in whole.items():
         if record:
-            (folder / f"{name}.json").write_text(json.dumps(published(record), indent=1) + "\n")
+            (folder / f"{name}.json").write_text(json.dumps(published(record, keep), indent=1) + "\n")
     if records.rows:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records.rows))
 

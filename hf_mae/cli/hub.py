@@ -131,7 +131,7 @@ def card_command(arguments: Sequence[str]) -> None:
 
     path = write_card(given.export, given.repository, given.card, run=given.run, evaluations=given.evaluations)
     files = [f.relative_to(given.export).as_posix() for f in given.export.rglob("*") if f.is_file()]
-    if problems := validate_card(path.read_text(), files=files):
+    if problems := validate_card(path.read_text(encoding="utf-8"), files=files):
         raise ValueError(f"{path}: " + "; ".join(problems))
     _say(f"{path}")
 

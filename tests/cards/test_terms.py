@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,15 +71,68 @@ def test_base_model_named_by_the_author_binds_as_well(export: Path):
 
 def test_derivatives_of_unknown_terms_are_refused(export: Path, run: Path):
     change(run / "recipe.json", init_from="someone/encoder")
-    with pytest.raises(ValueError, match="someone/encoder"):
-        terms(read_records(export, run), CardOptions())
+    records = read_records(export, run)
+    for said in (None, "apache-2.0"):  # the licence of the new weights says nothing of the old ones
+        with pytest.raises(ValueError, match=r"derive from encoder, which is no longer.*--base-license NAME"):
+            terms(records, CardOptions(license=said))
+    assert terms(records, CardOptions(license="mit", base_license="apache-2.0")).license == "mit"
+    with pytest.raises(ValueError, match="non-commercial terms stay"):
+        terms(records, CardOptions(license="mit", base_license="cc-by-nc-4.0"))
 
 
-def test_base_model_is_a_hub_id_only(export: Path, run: Path):
-    change(run / "recipe.json", init_from="someone/encoder")
-    assert base_model(read_records(export, run), CardOptions()) == "someone/encoder"
-    change(run / "recipe.json", init_from="/data/encoder")
+def test_base_model_is_what_came_from_the_hub_on_record(export: Path, run: Path):
+    change(run / "recipe.json", init_from="models/mae_b")  # a path of another folder, or a repository: nobody knows
     assert base_model(read_records(export, run), CardOptions()) is None
+    link = {"name": "someone/encoder", "kind": "hub", "license": "mit", "source": "its card", "revision": "b" * 40}
+    _record_start(run, [link])
+    assert base_model(read_records(export, run), CardOptions()) == "someone/encoder"
+    _record_start(run, [link | {"kind": "missing"}])
+    assert base_model(read_records(export, run), CardOptions()) is None
+
+
+def test_licence_on_record_outlives_the_folder(export: Path, run: Path):
+    change(run / "recipe.json", init_from="/gone/encoder")
+    link = {"name": "encoder", "kind": "conversion", "license": "cc-by-nc-4.0", "source": "its conversion.json"}
+    _record_start(run, [link])
+    with pytest.raises(ValueError, match="non-commercial"):
+        terms(read_records(export, run), CardOptions(license="mit", base_license="mit"))
+
+
+def test_lineage_of_the_export_binds_without_its_run(export: Path):
+    link = {"name": "moved", "kind": "conversion", "license": "cc-by-nc-4.0", "source": "its conversion.json"}
+    change(export / "export.json", lineage=[{"name": "pre", "kind": "run", "license": None, "source": ""}, link])
+    records = read_records(export)
+    assert terms(records, CardOptions()).license == "cc-by-nc-4.0"
+    with pytest.raises(ValueError, match=r"moved: its conversion\.json"):
+        terms(records, CardOptions(license="apache-2.0"))
+
+
+@pytest.mark.parametrize(
+    "name", ["facebook/vit-mae-base", "vit_base_patch16_224.mae", "timm/vit_large_patch16_224.mae"]
+)
+def test_copies_of_the_official_weights_are_known_by_the_name_of_the_source(export: Path, name: str):
+    change(export / "export.json", source={"name": name, "kind": "model", "weights": "last", "step": None, "run": None})
+    with pytest.raises(ValueError, match="non-commercial"):
+        terms(read_records(export), CardOptions(license="apache-2.0"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convnextv2_base.fcmae_ft_in1k",
+        "timm/convnextv2_base.fcmae_ft_in1k",
+        "hf-hub:timm/convnextv2_base.fcmae_ft_in1k",
+    ],
+)
+def test_record_of_timm_binds_under_every_spelling(export: Path, run: Path, name: str):
+    change(run / "recipe.json", init_from=name)
+    with pytest.raises(ValueError, match="timm's record"):
+        terms(read_records(export, run), CardOptions(license="apache-2.0"))
+
+
+def _record_start(run: Path, lineage: list[dict]) -> None:
+    starts = json.loads((run / "environment.json").read_text())["starts"]
+    write_json(run / "environment.json", {"starts": [s | {"lineage": lineage} for s in starts]})
 
 
 @pytest.mark.parametrize(("name", "tag"), [("ViTMAEForPreTraining", None), ("ViTModel", "image-feature-extraction")])

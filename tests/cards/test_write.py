@@ -14,7 +14,7 @@ from PIL import Image
 
 from hf_mae.cards import CardOptions, validate_card, write_card
 from hf_mae.cards.facts import Fact, fact, maybe
-from hf_mae.cards.records import count_parameters, published, read_records, without_path
+from hf_mae.cards.records import count_parameters, hash_of, read_records
 from hf_mae.cards.tables import training_time
 from hf_mae.cards.write import render, templates_folder
 from tests.cards.conftest import change, recipe, write_json
@@ -125,34 +125,13 @@ def test_machine_and_rates_come_from_the_records(export: Path, run: Path):
 
 def test_nothing_of_the_machine_is_published(export: Path, run: Path):
     change(run / "recipe.json", init_from="/home/ada/secret/encoder")
-    _card(export, run)
+    _card(export, run, CardOptions(license="mit", base_license="mit"))
     for name in _files(export):
         if not name.endswith((".png", ".safetensors")):
             text = (export / name).read_text()
             for private in ("/home", "/ada", "ada-", "secret", "4711", "laptop"):
                 assert private not in text, (name, private)
     assert "`encoder`" in (export / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("/home/ada/x/photos", "photos"),
-        ("C:\\Users\\ada\\photos", "photos"),
-        ("runs/a/checkpoints/step_00000010/model", "model"),
-        ("ILSVRC/imagenet-1k", "ILSVRC/imagenet-1k"),
-        ("stratified:90/10@3334", "stratified:90/10@3334"),
-        ("rand-m9-mstd0.5", "rand-m9-mstd0.5"),
-        ("read from /home/ada/x/photos today", "read from photos today"),
-    ],
-)
-def test_paths_are_cut_to_their_last_part(before: str, after: str):
-    assert without_path(before) == after
-    assert published({"a": [before], "pids": [1]}) == {"a": [after]}
-
-
-def test_names_of_classes_may_hold_slashes():
-    assert published({"classes": ["/m/01/abc"]}) == {"classes": ["/m/01/abc"]}
 
 
 @pytest.mark.parametrize("value", [0.5, 3, None, True])
@@ -174,12 +153,174 @@ def test_dense_family_renders():
     assert [str(f) for f in printed] == ["41.50 %"]
 
 
+def _recorded(run: Path, **data) -> None:
+    starts = json.loads((run / "environment.json").read_text())["starts"]
+    write_json(run / "environment.json", {"starts": [s | {"data": s["data"] | data} for s in starts]})
+
+
+def test_relative_path_is_not_taken_for_a_repository(export: Path, run: Path):
+    change(run / "recipe.json", data={"path": "data/birds", "splits": None})
+    text = _card(export, run)
+    assert "datasets:" not in text
+    assert "huggingface.co/datasets" not in text
+    assert "| data set | birds |" in text
+    assert not (export / ".eval_results").exists()
+
+
+def test_records_of_another_run_are_refused(export: Path, run: Path, tmp_path: Path):
+    change(run / "recipe.json", name="finetune-large")
+    with pytest.raises(ValueError, match="has recipe 'finetune-large'"):
+        _card(export, run)
+    change(run / "recipe.json", name="finetune-small")
+    run.rename(tmp_path / "cousin")
+    with pytest.raises(ValueError, match="is not the run that the export names"):
+        _card(export, tmp_path / "cousin")
+
+
+def test_records_of_other_weights_of_the_same_place_are_refused(export: Path, run: Path):
+    model = run / "checkpoints" / "step_00000030" / "model"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="holds other weights"):
+        _card(export, run)
+    change(export / "export.json", source__sha256=hash_of(model))
+    assert "76.54 %" in _card(export, run)
+
+
+def test_export_of_an_earlier_training_in_the_same_folder_is_refused(export: Path, run: Path):
+    inside = run / "export" / "beit"
+    inside.parent.mkdir()
+    export.rename(inside)
+    change(inside / "export.json", time="2026-10-01T00:00:00Z")  # before the first start on record
+    with pytest.raises(ValueError, match="is not the run that the export names"):
+        _card(inside, None)
+
+
+def test_evaluation_with_other_pictures_is_told_but_is_no_result_of_the_hub(export: Path, run: Path, tmp_path: Path):
+    place = str(run / "checkpoints/step_00000030/model")
+    summary = {"model": place, "data": "/x/more", "split": "test", "image_size": [48, 48], "crop_pct": 0.5}
+    write_json(tmp_path / "my eval" / "summary.json", summary | {"numbers": {"top1": 0.3111}})
+    same = summary | {"image_size": [32, 32], "crop_pct": 0.875, "numbers": {"top1": 0.4222}}
+    for name in ("first", "second"):  # the same measurement twice
+        write_json(tmp_path / name / "summary.json", same)
+    text = _card(export, run, evaluations=[tmp_path / n for n in ("my eval", "first", "second")])
+    assert "| 31.11 % | more, test at 48x48, crop 0.5 |" in text
+    values = [r.metric_value for r in ModelCard.load(export / "README.md").data.eval_results]
+    assert values == [0.7654, 0.4222]
+    assert (export / "records" / "evaluation_my_eval.json").is_file()
+
+
+def test_data_measured_on_has_a_name_of_its_own(export: Path, run: Path):
+    text = _card(export, run, CardOptions(license="mit", data_name="Animals, half of them", test_name="Animals"))
+    assert "| data set | Animals, half of them |" in text
+    assert "| top-1 accuracy | 76.54 % | Animals, validation | 12 |" in text
+    assert [r.dataset_name for r in ModelCard.load(export / "README.md").data.eval_results] == ["Animals"]
+
+
+def test_rankme_is_of_training_images(export: Path, run: Path):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[-1]["rankme"] = 17.5
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "evaluation.json").unlink()
+    assert "| RankMe (effective rank of the features) | 17.5 | animals, training images | - |" in _card(export, run)
+
+
+def test_machines_of_all_starts_are_told(export: Path, run: Path):
+    starts = json.loads((run / "environment.json").read_text())["starts"]
+    starts[1] |= {"device": "cpu", "cpus": 2}
+    write_json(run / "environment.json", {"starts": starts})
+    text = _card(export, run)
+    assert "| device | cuda, then cpu |" in text
+    assert "| CPU cores | 8, then 2 |" in text
+    assert "| processes | 2 |" in text
+
+
+def test_length_of_the_run_is_not_that_of_the_best_weights(export: Path, run: Path):
+    change(export / "export.json", source__weights="best", source__step=20)
+    text = _card(export, run)
+    assert "| updates until these weights | 20 |" in text
+    assert "| updates of the run | 30 |" in text
+    assert "updates until" not in _last(export, run)
+
+
+def _last(export: Path, run: Path) -> str:
+    change(export / "export.json", source__weights="last", source__step=30)
+    return _card(export, run)
+
+
+def test_binary_cross_entropy_is_read_by_a_sigmoid(export: Path, run: Path):
+    assert "sigmoid" not in _card(export, run)
+    change(export / "config.json", problem_type="multi_label_classification")
+    text = _card(export, run)
+    assert ".logits.sigmoid()[0]" in text
+    assert "softmax" not in text.split("## Exactness")[0]
+    assert "each class is a question of its own" in text
+    change(export / "export.json", library="timm", target="timm")
+    timm = _card(export, run)
+    assert "logits.sigmoid()[best]" in timm
+    assert "softmax" not in timm.split("## Exactness")[0]
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_grey_classifier_is_one_and_promises_no_pipeline(export: Path, run: Path, library: str):
+    change(export / "export.json", library=library, task=None, pipeline=None, classifies=True, channels=1)
+    text = _card(export, run)
+    assert "An image classifier with 3 classes" in text
+    assert "pipeline(" not in text
+    assert '.convert("L")' in text
+    assert "pipeline_tag" not in text
+    assert validate_card(text, files=_files(export)) == []
+
+
+def test_processor_is_described_as_it_was_compared(export: Path, run: Path):
+    assert "crop offset" not in _card(export, run)  # nothing says so
+    change(export / "export.json", processor={"pil": 0.0, "default": 0.004, "shift": [0, 1], "agrees": True})
+    text = _card(export, run)
+    assert "up to one pixel of crop offset" in text
+    assert "crops laid over each other" in text
+    change(export / "export.json", processor={"pil": 0.4, "default": 0.4, "shift": [0, 0], "agrees": False})
+    assert "does not prepare pictures as our evaluation did" in _card(export, run)
+
+
+def test_card_of_an_export_alone_claims_no_measurement_and_no_seed(export: Path):
+    text = _card(export, None)
+    assert "were measured with the transform" not in text
+    assert "One run with one seed" not in text
+
+
+def test_names_cannot_break_the_markdown(export: Path, run: Path):
+    evil = "a|b\n## Usage\n<script>x</script>"
+    answers = {"answers": [{"label": evil, "score": 0.5}], "picture": "p"}
+    change(export / "export.json", pipeline=answers)
+    options = CardOptions(license="mit", author="<script>", title="A | *b*", data_name="x | y")
+    text = _card(export, run, options)
+    assert "| a\\|b ## Usage &lt;script&gt;x&lt;/script&gt; | 0.5 |" in text
+    assert "# A \\| \\*b\\*\n" in text
+    assert "<script" not in text
+    assert text.count("\n## Usage") == 1
+    assert validate_card(text, files=_files(export)) == []
+
+
+@pytest.mark.parametrize("name", ["title", "author", "data_license", "data_name", "tags"])
+def test_options_of_one_line_have_one(export: Path, name: str):
+    value = "a\n---\n# b"
+    with pytest.raises(ValueError, match=f"{name}=.*more than one line"):
+        _card(export, None, CardOptions(license="mit", **{name: (value,) if name == "tags" else value}))
+
+
+def test_lineage_names_the_run_not_its_folder_model(export: Path, run: Path, tmp_path: Path):
+    write_json(tmp_path / "pre" / "recipe.json", {"name": "mae-small"})
+    (tmp_path / "pre" / "best" / "model").mkdir(parents=True)
+    change(run / "recipe.json", init_from=str(tmp_path / "pre" / "best" / "model"))
+    assert "trained from `pre`, a run of the author (recipe `mae-small`)." in _card(export, run)
+
+
 def _dense() -> dict:
     names = "author conversion converted_from known license_name license_link base_model dataset_id data_license"
     blank: dict = dict.fromkeys(names.split(), "")
     lists = "architecture answers pictures data_rows training hardware preprocessing exactness changes ancestors"
     blank |= {name: [] for name in lists.split()}
-    result = {"label": "box AP", "data": "birds", "split": "val", "resolution": "", "images": "32"}
+    result = {"label": "box AP", "data": "birds", "split": "val", "transform": "", "images": "32"}
     result["value"] = Fact(0.415, "evaluation.json: ap", "percent")  # type: ignore[assignment]
     return blank | {
         "repo_id": "org/boxes",
@@ -195,6 +336,9 @@ def _dense() -> dict:
         "paper": [],
         "licence": {"license": "mit", "why": "stated"},
         "citations": [],
+        "of_run": True,
+        "words": {},
+        "processor_words": "",
         "not_measured": "not measured",
         "f": {"classes": None, "best_of": None, "seed": None},
     }
@@ -238,11 +382,12 @@ def test_evaluation_of_the_exported_weights_is_told(export: Path, run: Path, tmp
     summary = {"model": str(run / "checkpoints/step_00000030/model"), "data": "/home/ada/more", "numbers": numbers}
     write_json(tmp_path / "test" / "summary.json", summary | {"image_size": [32, 32], "splits": None})
     text = _card(export, run, evaluations=[tmp_path / "test"])
-    assert "| top-1 accuracy | 54.32 % | more, split not recorded at 32x32 | 99 |" in text
+    assert "| top-1 accuracy | 54.32 % | more, split not recorded at 32x32, crop not recorded | 99 |" in text
 
 
 def test_data_set_of_the_hub_is_linked_and_gets_an_eval_result(export: Path, run: Path):
     change(run / "recipe.json", data={"path": "ada/animals", "splits": None})
+    _recorded(run, revision="a" * 40)
     text = _card(export, run)
     assert "[ada/animals](https://huggingface.co/datasets/ada/animals)" in text
     entries = yaml.safe_load((export / ".eval_results" / "ada--animals.yaml").read_text())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_mae.demo.models import (
+    MAX_SEED,
     Classifier,
     Reconstructor,
     classify_picture,
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     import gradio as gr
 
 MAX_RATIO = 0.95
+MAX_WAITING = 32
+"""Visitors that may wait for their turn; the next is told to come back."""
+
+MAX_AT_ONCE = 1
+"""Pictures computed at once, of each tab: a model takes all cores of a small machine."""
+
 KEEP_SECONDS = 3600
 """How long the files of visitors stay on the machine of the page."""
 
@@ -81,6 +88,7 @@ def launch(
         ValueError: see `build`; or the port is taken.
     """
     page = build(reconstruct=reconstruct, classify=classify, examples=examples)
+    page.queue(max_size=MAX_WAITING, default_concurrency_limit=MAX_AT_ONCE)
     try:
         _, url, _ = page.launch(
             server_name=host,
@@ -127,7 +135,7 @@ def _reconstruction(gr: Any, reconstructor: Reconstructor, examples: Sequence[Pa
             _picture(gr),
             gr.Slider(0, MAX_RATIO, value=min(config.mask_ratio, MAX_RATIO), step=0.05, label="Mask ratio"),
             gr.Radio(list(STRATEGIES), value=config.mask_strategy, label="Mask strategy"),
-            gr.Number(0, minimum=0, precision=0, label="Seed of the mask"),
+            gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label="Seed of the mask"),
         ],
         outputs=[
             gr.Gallery(label="Reconstruction", columns=2, height="max-content", object_fit="contain", format="png"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ from hf_mae.training.tasks import TimmClassification
 
 TILE = 224
 """Pixels that small pictures are enlarged to, at least, by a whole number."""
+
+MAX_SEED = 2**53 - 1
+"""The largest whole number that a browser sends exactly."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def reconstruct_picture(
         path: an image file of any size and mode.
         mask_ratio: fraction of the patches removed, in (0, 1).
         strategy: which are removed.
-        seed: chooses the mask.
+        seed: chooses the mask, from 0 to `MAX_SEED`.
 
     Returns:
         Four pictures with their names (original, masked, predicted, pasted), and what was done in words.
@@ -114,8 +119,8 @@ def reconstruct_picture(
             f"mask_ratio={mask_ratio} removes none of the {L} patches, so there is nothing to predict; take more than "
             f"{1 / L:.2g}"
         )
-    if seed < 0:
-        raise ValueError(f"seed={seed} is negative; take 0 or more")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed={seed:.16g} is out of range; take 0 to {MAX_SEED}")
     pixels = eval_image(open_picture(path, config.num_channels), size)  # [C, H, W]
     drawn = uniforms(num_uniforms(strategy, grid), seed, np.zeros(1, np.int64), np.zeros(1, np.int64), NOISE)
     noise = mask_noise(strategy, torch.from_numpy(drawn).float(), grid, config.mask_ratio)
@@ -218,9 +223,16 @@ def open_picture(path: str | Path, channels: int) -> Image.Image:
 
 
 def shown_name(name: str) -> str:
-    """Return what a page may call a model: its Hub id, or the last part of a path."""
+    """Return what a page may call a model: its Hub id, the recipe of a run, or the last part of another path."""
     path = Path(name).expanduser()
-    return path.absolute().name if path.exists() else name
+    if not path.exists():
+        return name
+    if (path / "recipe.json").is_file():
+        with suppress(ValueError):  # of another writer
+            recipe = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
+            if isinstance(recipe, dict) and recipe.get("name"):
+                return str(recipe["name"])
+    return path.absolute().name
 
 
 def _kind(folder: Path | str) -> tuple[str | None, list[str]]:

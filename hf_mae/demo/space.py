@@ -13,8 +13,12 @@ from importlib import metadata
 from pathlib import Path
 
 import hf_mae
+from hf_mae.demo.app import MAX_AT_ONCE, MAX_WAITING
 
 MARK = '"""A Space written by `hf-mae space`: '
+NAMES = ("README.md", "LICENSE", "requirements.txt", "app.py", "hf_mae")
+"""What a Space consists of."""
+
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 REQUIREMENTS = (
@@ -29,7 +33,7 @@ REQUIREMENTS = (
     "pillow>=11.0",
     "simplejpeg>=1.8",
     "tqdm>=4.66",
-    "timm>=1.0.15",
+    "timm>=1.0.16",
     "matplotlib>=3.9",
     "psutil>=5.9",
     "scikit-learn>=1.5",
@@ -48,13 +52,15 @@ def write_space(
         reconstruct: Hub id of a pretraining model with its decoder, of ours or a vit_mae.
         classify: Hub id of a classifier; of ours, of stock transformers, or in timm's format.
         title: of the page; None makes one of the models' names.
-        overwrite: write again what an earlier call wrote into `out`; other files there stay.
+        overwrite: write again what an earlier call wrote into `out`; other files there stay, also a LICENSE that
+            differs from ours.
 
     Returns:
         The folder: `README.md` (what the Hub reads), `requirements.txt`, `app.py` and `hf_mae/`.
 
     Raises:
-        ValueError: no model is named, one is not a Hub id, `out` holds something else, or gradio is not installed.
+        ValueError: no model is named, one is not a Hub id, `out` holds files of the same names that are not ours, or
+            gradio is not installed. Nothing is written then. The README.md of a new Space may be there.
     """
     models = {"reconstruct": reconstruct, "classify": classify}
     named = {field: model for field, model in models.items() if model is not None}
@@ -78,8 +84,9 @@ def write_space(
         (new / "requirements.txt").write_text(_requirements(), encoding="utf-8")
         (new / "app.py").write_text(_app(models), encoding="utf-8")
         package = Path(hf_mae.__file__).parent
-        shutil.copytree(package, new / "hf_mae", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
-        if licence := _licence(package):
+        _copy_package(package, new / "hf_mae")
+        # A LICENSE that is there is ours, or was put in place of ours: never replaced.
+        if (licence := _licence(package)) and not (out / "LICENSE").exists():
             (new / "LICENSE").write_text(licence, encoding="utf-8")
         out.mkdir(exist_ok=True)
         for path in sorted(new.iterdir()):
@@ -100,17 +107,41 @@ def _check_hub_id(field: str, model: str) -> None:
         raise ValueError(f"{field}={model} is no Hub id; a Space takes published models: name ORG/NAME")
 
 
+def _copy_package(package: Path, out: Path) -> None:
+    """Copy the code, the mark of its types and the templates of cards; what else lies there is not for others."""
+    for path in sorted(package.rglob("*")):
+        part = path.relative_to(package)
+        wanted = path.suffix == ".py" or path.name == "py.typed" or part.parts[0] == "model_cards"
+        if path.is_file() and wanted and not any(name.startswith((".", "__pycache__")) for name in part.parts):
+            (out / part).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / part)
+
+
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is a file; name a folder")
-    # The copy of a new Space's repository has a README.md and .git only, and is what one uploads from.
-    if not out.is_dir() or not {"app.py", "hf_mae", "requirements.txt"} & {path.name for path in out.iterdir()}:
+    if _text(out / "app.py").startswith(MARK):
+        if not overwrite:
+            raise ValueError(f"out={out} holds a Space already; choose another folder, or write again with --overwrite")
         return
-    app = out / "app.py"
-    if not app.is_file() or not app.read_text(encoding="utf-8").startswith(MARK):
-        raise ValueError(f"out={out} holds something that hf-mae space did not write; choose another folder")
-    if not overwrite:
-        raise ValueError(f"out={out} holds a Space already; choose another folder, or write it again with --overwrite")
+    taken = [name for name in NAMES if (out / name).exists()]
+    # The copy of a new Space's repository has a README.md and .git only, and is what one uploads from.
+    front = re.match(r"---[ \t]*\n(.*?)\n---", _text(out / "README.md"), re.DOTALL)
+    if front and re.search(r"^sdk:\s*[\"']?gradio\b", front[1], re.MULTILINE):
+        taken.remove("README.md")
+    if taken:
+        raise ValueError(
+            f"out={out} holds {', '.join(taken)} that hf-mae space did not write; choose another folder, or move "
+            f"{'it' if len(taken) == 1 else 'them'} away"
+        )
+
+
+def _text(path: Path) -> str:
+    """Return the text of a file, none where there is no such file or it is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _readme(title: str, models: list[str], version: str) -> str:
@@ -147,6 +178,7 @@ def _app(models: dict[str, str | None]) -> str:
             "from hf_mae.demo.app import build",
             "",
             f"page = build({arguments})",
+            f"page.queue(max_size={MAX_WAITING}, default_concurrency_limit={MAX_AT_ONCE})",
             'page.launch(max_file_size="50mb")',
             "",
         ]

@@ -232,6 +232,57 @@ def test_a_space_is_written_again_only_when_asked_and_over_its_own_files(tmp_pat
         write_space(out, reconstruct=None, classify="org/b", overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "requirements.txt", "app.py", "hf_mae"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_somebody_else_are_never_replaced(tmp_path, name, overwrite):
+    (tmp_path / "README.md").write_text("---\nsdk: gradio\n---\n")  # of a new Space
+    (tmp_path / name).write_bytes(b"mine, \xff and not sdk: gradio\n")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=rf"holds {re.escape(name)} that hf-mae space did not write; .*move it away"):
+        write_space(tmp_path, reconstruct=None, classify="org/a", overwrite=overwrite)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert (tmp_path / name).read_bytes().startswith(b"mine")
+
+
+@pytest.mark.parametrize(
+    "text", ["# Mine\n", "---\ntitle: x\n---\nsdk: gradio\n", "---\nsdk: docker\n---\n", "sdk: gradio\n"]
+)
+def test_only_the_readme_of_a_new_space_is_replaced(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(ValueError, match=r"holds README\.md that"):
+        write_space(tmp_path, reconstruct=None, classify="org/a")
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_licence_put_in_place_of_ours_stays(tmp_path):
+    write_space(tmp_path, reconstruct=None, classify="org/a")
+    assert "Apache License" in (tmp_path / "LICENSE").read_text()
+    (tmp_path / "LICENSE").write_text("my own")
+    write_space(tmp_path, reconstruct=None, classify="org/a", overwrite=True)
+    assert (tmp_path / "LICENSE").read_text() == "my own"
+
+
+def test_a_space_copies_code_and_templates_and_nothing_else_that_lies_there(tmp_path, monkeypatch):
+    from hf_mae.demo import space
+
+    package = tmp_path / "hf_mae"
+    for name in ("__init__.py", "py.typed", "data/x.py", "model_cards/base.md.jinja", "model_cards/pictures/a.png"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(name)
+    wanted = sorted(p.relative_to(package) for p in package.rglob("*") if p.is_file())
+    for name in ("notes.txt", "data/secret.json", "data/x.pyi", "__pycache__/x.py", ".cache/x.py", "model_cards/.env"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(name)
+    monkeypatch.setattr(space.hf_mae, "__file__", str(package / "__init__.py"))
+    out = write_space(tmp_path / "space", reconstruct=None, classify="org/a")
+    assert sorted(p.relative_to(out / "hf_mae") for p in (out / "hf_mae").rglob("*") if p.is_file()) == wanted
+
+
+def test_how_many_visitors_may_wait_is_written_down(tmp_path):
+    out = write_space(tmp_path, reconstruct=None, classify="org/a")
+    assert "page.queue(max_size=32, default_concurrency_limit=1)\npage.launch(" in (out / "app.py").read_text()
+
+
 def test_a_space_takes_published_models_only(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match=r"folder of this machine.*hf-mae publish"):

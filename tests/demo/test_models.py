@@ -120,7 +120,9 @@ def test_pictures_of_any_mode_and_size_are_taken(pretrained, tmp_path, mode, siz
         ({"mask_ratio": 0.95}, "keeps none of the 16 patches"),
         ({"strategy": "grid", "mask_ratio": 0.6}, "use mask_ratio 0.5 or 0.75"),
         ({"strategy": "spiral"}, "use one of random, block, grid"),
-        ({"seed": -1}, "take 0 or more"),
+        ({"seed": -1}, "seed=-1 is out of range; take 0 to 9007199254740991"),
+        ({"seed": 2**53}, "is out of range"),
+        ({"seed": 10**30}, r"seed=1e\+30 is out of range"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_with_a_remedy(pretrained, photo, change, said):
@@ -229,3 +231,11 @@ def test_code_in_a_repository_is_not_run(stock):
 def test_a_page_shows_no_paths_of_this_machine(tmp_path):
     assert shown_name(str(tmp_path)) == tmp_path.name
     assert shown_name("org/mae-vit-t") == "org/mae-vit-t"
+
+
+def test_a_run_is_called_by_its_recipe(tmp_path):
+    (tmp_path / "train").mkdir()
+    recipe = tmp_path / "train" / "recipe.json"
+    for text, name in (('{"name": "mae-vit-t-birds"}', "mae-vit-t-birds"), ("{}", "train"), ("no JSON", "train")):
+        recipe.write_text(text)
+        assert shown_name(str(tmp_path / "train")) == name

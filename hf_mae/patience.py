@@ -158,6 +158,16 @@ def is_overloaded(error: BaseException) -> bool:
     return is_passing(error) and any(status_of(one) is not None for one in _chain(error))
 
 
+def is_worth_opening_again(error: BaseException) -> bool:
+    """Say whether opening a file of the Hub again may help: as `is_passing`, but for a Hub that nobody answers for.
+
+    The stock client has tried that for 20 s by itself, and a slip in a path should not wait longer.
+    """
+    chain = list(_chain(error))
+    unanswered = any(isinstance(one, LocalEntryNotFoundError) for one in chain) and not any(map(status_of, chain))
+    return is_passing(error) and not unanswered
+
+
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status of an error, None if no server answered."""
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -202,9 +212,7 @@ def remedy(error: BaseException) -> str:
     if is_unknown_name(error):
         return "check the network, and the spelling of HF_ENDPOINT if it is set"
     if any(isinstance(one, GatedRepoError) for one in chain):
-        return (
-            "accept the conditions on its page on the Hub, then log in with `hf auth login` as who was let in"
-        )
+        return "accept the conditions on its page on the Hub, then log in with `hf auth login` as who was let in"
     if status in (401, 403):
         return "log in with `hf auth login` as a user with access"
     if status == 429:

@@ -28,7 +28,7 @@ from hf_mae.data.loader import Loader, check_state, loader_state, steps_per_epoc
 from hf_mae.data.order import Order, choose_lanes_and_window
 from hf_mae.data.sources import Source, open_source
 from hf_mae.data.stream import images_per_epoch
-from hf_mae.patience import GaveUpError, is_overloaded, one_line, patient
+from hf_mae.patience import HTTP_ERROR, GaveUpError, is_worth_opening_again, one_line, patient
 from hf_mae.recipes.base import Recipe, to_dict
 from hf_mae.recipes.checks import choose_micro_batch
 from hf_mae.training.best import bring_best
@@ -385,12 +385,13 @@ def model_folder(name: str, *, field: str) -> Path | str:
         )
     before = try_to_load_from_cache(name, "config.json")
     try:
-        # Where no server answers, the client has tried for 20 s by itself, and a slip in a path should not wait longer.
-        found = patient(f"opening {name} on the Hub", lambda: cached_file(name, "config.json"), passing=is_overloaded)
+        what = f"opening {name} on the Hub"
+        found = patient(what, lambda: cached_file(name, "config.json"), passing=is_worth_opening_again)
         if found != before:  # a model that was opened before opens without the Hub
             _cache_processor(name)
-    except (OSError, GaveUpError) as error:
-        why = one_line(error) if isinstance(error, GaveUpError) else str(error).strip().splitlines()[0].rstrip(".")
+    except (OSError, HTTP_ERROR, GaveUpError) as error:
+        said = str(error).strip() if isinstance(error, OSError) else ""
+        why = said.splitlines()[0].rstrip(".") if said else one_line(error)
         raise ValueError(
             f"{field}={name} is no path on this machine and cannot be opened as a Hub id ({why}); check the spelling "
             "and the network, and log in with `hf auth login` if it is private"
@@ -402,7 +403,7 @@ def _cache_processor(name: str) -> None:
     """Fetch what the stock loader of processors does not wait for."""
     file = "preprocessor_config.json"
     with suppress(EntryNotFoundError):  # not every model has one; or no server answers, then who needs it says so
-        patient(f"reading {file} of {name}", lambda: hf_hub_download(name, file), passing=is_overloaded)
+        patient(f"reading {file} of {name}", lambda: hf_hub_download(name, file), passing=is_worth_opening_again)
 
 
 def progress(batches: Any, accelerator: Accelerator) -> Any:

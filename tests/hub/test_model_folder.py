@@ -82,6 +82,24 @@ def test_a_model_that_was_opened_before_opens_while_the_hub_is_ill(hub, homes):
     assert seconds < 10
 
 
+def test_a_cut_while_a_model_is_opened_is_waited_for(hub, homes, tmp_path, monkeypatch):
+    """The client does not catch a connection that is cut before the answer."""
+    answer, cuts = hub.take_fault, []
+
+    def take(method: str, path: str):
+        if method == "HEAD" and not cuts:
+            cuts.append(path)
+            raise ConnectionResetError
+        return answer(method, path)
+
+    monkeypatch.setattr(hub, "take_fault", take)
+    said, _ = run(OPEN, "org/without-processor", clean_environment(hub, tmp_path / "home"))
+    assert len(cuts) == 1
+    assert "ValueError" not in said
+    assert "opening org/without-processor on the Hub: RemoteProtocolError" in said
+    assert "trying again in 1 s" in said
+
+
 @pytest.mark.slow
 def test_a_name_that_nobody_answers_for_is_told_after_the_clients_own_tries(homes):
     began = time.monotonic()

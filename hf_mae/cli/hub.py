@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,13 +31,26 @@ class ConvertArguments:
     """What `hf-mae convert` takes."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """An official .pth file, or a folder or Hub id in the layout of facebook/vit-mae-* or of this package."""
+    """An official .pth file; or a folder or Hub id (ORG/NAME) of a plain ViT of timm, or in the layout of
+    facebook/vit-mae-*."""
     out: Out
     """The model folder to write."""
     license: str | None = None
     """Licence of the weights; the official files' own, cc-by-nc-4.0, is known."""
     norm_pix_loss: bool | None = None
     """Whether the decoder predicts normalised patches, where neither the file nor its hash tells."""
+    num_attention_heads: int | None = None
+    """Of the encoder, where its width is none of the official ones."""
+    decoder_num_attention_heads: int | None = None
+    """Of the decoder, likewise."""
+    image_size: tuple[int, ...] = ()
+    """In pixels, where the grid of patches is not square: height and width; or one number."""
+    image_mean: tuple[float, ...] = ()
+    """Per channel, of pictures in [0, 1]; the source's or ImageNet's unless given."""
+    image_std: tuple[float, ...] = ()
+    """Likewise."""
+    id2label: Path | None = None
+    """A JSON file with the names of the classes: a list, or an object from 0 to n - 1."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace a folder that this command wrote."""
 
@@ -52,8 +66,37 @@ def convert_command(arguments: Sequence[str]) -> None:
     )
     from hf_mae.exporting.convert import convert
 
-    known = {} if given.norm_pix_loss is None else {"norm_pix_loss": given.norm_pix_loss}
-    convert(given.source, given.out, license=given.license, overwrite=given.overwrite, say=_say, **known)
+    if len(given.image_size) > 2:
+        raise ValueError(f"image_size={given.image_size} has {len(given.image_size)} numbers; give one, or two")
+    told = {
+        "norm_pix_loss": given.norm_pix_loss,
+        "num_attention_heads": given.num_attention_heads,
+        "decoder_num_attention_heads": given.decoder_num_attention_heads,
+        "image_size": given.image_size[0] if len(given.image_size) == 1 else given.image_size or None,
+    }
+    convert(
+        given.source,
+        given.out,
+        id2label=None if given.id2label is None else _read_names(given.id2label),
+        license=given.license,
+        image_mean=given.image_mean or None,
+        image_std=given.image_std or None,
+        overwrite=given.overwrite,
+        say=_say,
+        **{name: value for name, value in told.items() if value is not None},
+    )
+
+
+def _read_names(path: Path) -> dict[int, str]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        return {int(row): str(name) for row, name in pairs}
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f'id2label={path} holds no names of classes ({error}); write them as JSON: ["ant", "bee"], or '
+            '{"0": "ant", "1": "bee"}'
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -69,6 +112,10 @@ class ExportArguments:
     onnx; hf_mae is this package's own, with the decoder and every option."""
     weights: Weights = "last"
     """Of a run: those of the newest checkpoint, of the best evaluation, or the averaged ones."""
+    image_mean: tuple[float, ...] = ()
+    """Per channel, of pictures in [0, 1], in place of what the model's folder says."""
+    image_std: tuple[float, ...] = ()
+    """Likewise."""
     picture: Path | None = None
     """A photograph for the last check, the pipeline; scikit-learn's bundled one unless given."""
     code: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -88,11 +135,14 @@ def export_command(arguments: Sequence[str]) -> None:
     )
     from hf_mae.exporting.write import export
 
+    processor = {"image_mean": list(given.image_mean), "image_std": list(given.image_std)}
+    processor = {name: values for name, values in processor.items() if values}
     out = export(
         given.model,
         given.out,
         given.target,
         weights=given.weights,
+        processor=processor or None,
         picture=given.picture,
         code=given.code,
         overwrite=given.overwrite,

@@ -2,8 +2,8 @@
 
 The Hub maps a repository to one library and one task, from the card and `config.json` (docs: hub/models-widgets). Its
 page then offers an input, unless one of the preconditions here fails. Whether a provider runs the model is decided by
-the Hub (`inference == "warm"`), so no verdict promises that. Tables are of npm @huggingface/tasks 0.21.54
-(`LIBRARY_TASK_MAPPING`) and @huggingface/widgets 0.2.12 (`WIDGET_COMPONENTS`), cut to what this package writes.
+the Hub (`inference == "warm"`), so no verdict promises that. Tables are of `hf_mae.cards.vocabulary` and of npm
+@huggingface/widgets 0.2.12 (`WIDGET_COMPONENTS`), cut to what this package writes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Any, cast
 
 import yaml
 
+from hf_mae.cards import vocabulary
+from hf_mae.exporting.write import RECORD
 from hf_mae.hub.folder_checks import Check as Check  # part of what this module offers
 from hf_mae.hub.folder_checks import labels_checks, pipeline_check, processor_check, read_json, timm_checks
 
-LIBRARY_TASKS = {
-    "transformers": frozenset({"image-classification", "image-feature-extraction"}),
-    "timm": frozenset({"image-classification", "image-feature-extraction"}),
-}
-"""Tasks that the Hub's page knows for a library."""
+OUR_TASKS = frozenset({"image-classification", "image-feature-extraction"})
+"""Tasks of the models that this package publishes."""
+
+LIBRARY_TASKS = {name: tasks & OUR_TASKS for name, tasks in vocabulary.LIBRARY_TASKS.items() if tasks}
+"""Those among them that the Hub's page knows for a library, of the libraries that it runs."""
 
 WIDGET_TASKS = frozenset({"image-classification"})
 """Tasks among those for which the page has an input; `image-feature-extraction` has none."""
@@ -73,6 +75,7 @@ class _Page:
     library: str | None
     task: str | None
     custom_code: bool
+    channels: int = 3
 
 
 # ------------------------------------------------------------------------------------------------ the two entries
@@ -99,7 +102,8 @@ def check_folder(folder: Path, *, picture: Path | None = None) -> Verdict:
     )
     config = read_json(folder / "config.json") if "config.json" in files else {}
     card, card_check = _read_card(folder / "README.md")
-    page = _infer(card, config, files)
+    export = read_json(folder / RECORD) if RECORD in files else {}
+    page = _infer(card, config, files, _channels(export, config))
     checks = [card_check, *_common_checks(page)]
     if _no_pipeline(page) is None:
         checks += timm_checks(config, page.task) if page.library == "timm" else labels_checks(config, page.task)
@@ -111,11 +115,12 @@ def check_folder(folder: Path, *, picture: Path | None = None) -> Verdict:
     return _verdict(page, checks, served="not known before it is on the Hub")
 
 
-def check_remote(info: Mapping[str, Any]) -> Verdict:
+def check_remote(info: Mapping[str, Any], export: Mapping[str, Any] | None = None) -> Verdict:
     """Say what the Hub makes of a repository.
 
     Args:
         info: the JSON of `GET /api/models/ORG/NAME`.
+        export: the repository's export.json, which says how many channels the model reads; the Hub's answer does not.
 
     Raises:
         ValueError: this is not such an answer.
@@ -131,6 +136,7 @@ def check_remote(info: Mapping[str, Any]) -> Verdict:
         library=info.get("library_name"),
         task=info.get("pipeline_tag"),
         custom_code="custom_code" in (info.get("tags") or ()) or "auto_map" in config,
+        channels=_channels(export or {}, config),
     )
     checks = [_card_of(files), *_common_checks(page)]
     if _no_pipeline(page) is None:
@@ -177,7 +183,7 @@ def _verdict(page: _Page, checks: Sequence[Check], *, served: str) -> Verdict:
 # ------------------------------------------------------------------------------------------------ what the Hub infers
 
 
-def _infer(card: Mapping[str, Any], config: Mapping[str, Any], files: Collection[str]) -> _Page:
+def _infer(card: Mapping[str, Any], config: Mapping[str, Any], files: Collection[str], channels: int) -> _Page:
     """Map card and config to library and task, by the rules of the Hub's documentation."""
     tags = [str(tag) for tag in card.get("tags") or ()]
     library = card.get("library_name")
@@ -194,7 +200,14 @@ def _infer(card: Mapping[str, Any], config: Mapping[str, Any], files: Collection
         task = "image-classification"
     if task is None and library == "timm":
         task = "image-classification"
-    return _Page(card, config, frozenset(files), library, task, "auto_map" in config or "custom_code" in tags)
+    code = "auto_map" in config or "custom_code" in tags
+    return _Page(card, config, frozenset(files), library, task, code, channels)
+
+
+def _channels(export: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """Return how many channels a model reads: by its export, else by its config, stock or timm's."""
+    sizes = (config.get("pretrained_cfg") or {}).get("input_size") or (3,)
+    return int(export.get("channels") or config.get("num_channels") or sizes[0])
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
@@ -216,6 +229,12 @@ def _no_pipeline(page: _Page) -> str | None:
             else "a Space (hf-mae space) shows its reconstructions"
         )
         return f"this is the research repository; the Hub runs only classes of its own libraries. To try it: {remedy}."
+    if page.channels != 3:
+        plural = "s" * (page.channels != 1)
+        return (
+            f"the stock pipelines read colour, and this model takes {page.channels} channel{plural}. The usage lines "
+            "of its card give it pictures as it wants them."
+        )
     endings = {PurePosixPath(name).suffix for name in page.files}
     if ".onnx" in endings and ".safetensors" not in endings:
         return "an ONNX file alone is no model of a library that the Hub's page runs; publish a stock export for that."
@@ -233,6 +252,9 @@ def _no_input(page: _Page) -> str | None:
 
 
 def _common_checks(page: _Page) -> list[Check]:
+    of_ours = page.config.get("model_type") in ("vit_mae", "hf_mae")
+    if page.channels != 3 and page.library in LIBRARY_TASKS and not of_ours:
+        return [_stock_check(page), *_weights_checks(page.files)]  # the page infers its task, whatever the card says
     if _no_pipeline(page):
         promised = page.card.get("pipeline_tag")
         return [
@@ -290,6 +312,8 @@ def _stock_check(page: _Page) -> Check:
     )
 
     classifies = page.task != "image-feature-extraction"
+    if page.channels != 3:  # no task is promised
+        classifies = any("ForImageClassification" in name for name in _architectures(page.config))
     table = cast(Any, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if classifies else MODEL_MAPPING_NAMES)
     names, kind = _architectures(page.config), str(page.config.get("model_type"))
     stock = table.get(kind, ())

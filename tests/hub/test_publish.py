@@ -11,7 +11,20 @@ import pytest
 import torch
 
 from hf_mae import MAEConfig, MAEForImageClassification
-from hf_mae.hub.stage import MANIFEST, collect, compare, describe, is_inside, manifest_of, read_file, read_manifest
+from hf_mae.hub.stage import (
+    MANIFEST,
+    clashes,
+    collect,
+    compare,
+    describe,
+    is_inside,
+    keep_times,
+    manifest_of,
+    read_file,
+    read_manifest,
+    take,
+)
+from hf_mae.training.checkpoint import RunLock
 
 # ------------------------------------------------------------------------------------------------ what is staged
 
@@ -45,11 +58,63 @@ def test_a_blob_is_named_as_git_names_it(written):
 def test_each_path_is_new_changed_or_there_already(written):
     new, same, large, other = (written(name, name) for name in ("new", "same", "large", "other"))
     there = {f.path: on_hub(f, large=f is large) for f in (same, large)}
-    there["other"] = on_hub(written("old/other", "before"))
-    rows = compare([new, same, large, other], there, {})
-    assert [(row.path, row.state) for row in rows] == [
-        ("new", "new"), ("same", "same"), ("large", "same"), ("other", "changed"),
-    ]  # fmt: skip
+    before = written("old/other", "before")
+    there["other"] = on_hub(before)
+    for earlier, state in (({"other": [before.sha256, before.blob]}, "changed"), ({}, "foreign")):
+        rows = compare([new, same, large, other], there, earlier)
+        assert [(row.path, row.state) for row in rows] == [
+            ("new", "new"), ("same", "same"), ("large", "same"), ("other", state),
+        ]  # fmt: skip
+    assert any("replaces a file that hf-mae did not write" in line for line in describe(rows))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "old/x.pth", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+     "adapter_config.json"],
+)  # fmt: skip
+def test_a_file_of_others_that_stock_classes_would_read_is_named(written, name):
+    model, theirs = written("model.safetensors", "1"), written(name, "2")
+    there = {name: on_hub(theirs), "notes.md": on_hub(written("notes.md", "3"))}
+    assert clashes(compare([model], there, {}), there) == [name]
+    # One that an earlier publish of ours wrote is removed, so it is none.
+    assert clashes(compare([model], there, read_manifest(manifest_of([theirs], {}))), there) == []
+
+
+def test_weights_in_folders_of_others_are_left_in_peace(written):
+    there = {"checkpoints/old.safetensors": on_hub(written("checkpoints/old.safetensors", "1"))}
+    assert clashes(compare([written("model.safetensors", "2")], there, {}), there) == []
+
+
+def test_what_is_taken_stays_as_it_was_hashed_while_the_run_goes_on(tmp_path):
+    log, weights = tmp_path / "metrics.jsonl", tmp_path / "model.safetensors"
+    log.write_text('{"step": 1}\n{"ste')
+    weights.write_bytes(b"old")
+    taken = take([("run/metrics.jsonl", log), ("model.safetensors", weights)], tmp_path / "taken")
+    log.write_text('{"step": 1}\n{"step": 2}\n')
+    new = tmp_path / "new"
+    new.write_bytes(b"new")
+    new.replace(weights)
+    assert [file.local.read_bytes() for file in taken] == [b'{"step": 1}\n', b"old"]
+    assert [read_file(file.local, file.path) for file in taken] == taken
+
+
+def test_a_file_that_goes_away_while_it_is_read_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match="went away while it was read"):
+        take([("a.safetensors", tmp_path / "a.safetensors")], tmp_path / "taken")
+
+
+@pytest.mark.parametrize(("there", "kept"), [
+    ({"time": "before", "parity": 1e-13, "blocks": [{"seconds": 3}]}, True),
+    ({"time": "before", "parity": 2e-13, "blocks": [{"seconds": 3}]}, False),
+    ("not a record", False),
+])  # fmt: skip
+def test_a_record_that_differs_in_times_only_stays_as_it_is_there(written, there, kept):
+    text = {"time": "now", "parity": 1e-13, "blocks": [{"seconds": 4}]}
+    ours, theirs = written("export.json", json.dumps(text)), written("x/export.json", json.dumps(there))
+    (file,) = keep_times([ours], {"export.json": on_hub(theirs)}, lambda _: json.dumps(there).encode())
+    assert (file.sha256 == theirs.sha256) is kept
+    assert read_file(file.local, file.path) == file
 
 
 def test_only_what_an_earlier_publish_wrote_and_nobody_changed_is_removed(written):
@@ -100,22 +165,23 @@ def test_caches_and_half_written_files_stay_at_home(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
-    assert [file.path for file in collect(tmp_path)] == [".eval_results/x.yaml", "model.safetensors"]
+    assert [path for path, _ in collect(tmp_path)] == [".eval_results/x.yaml", "model.safetensors"]
 
 
 # ------------------------------------------------------------------------------------------------ against a Hub
 
 CLIENT = """
-import json, sys
+import json, sys, time
 import hf_mae.hub.publish as publishing
 from hf_mae.cards.options import CardOptions
 from hf_mae.hub.widget import Verdict
 # Checked by their own tests and by test_journey.py; they start several processes each.
-publishing.run_usage = lambda *_, **__: {"blocks": []}
+publishing.run_usage = lambda *_, **__: {"blocks": [{"seconds": time.time()}]}
 publishing.check_folder = lambda *_, **__: Verdict((), True, "passed")
 card = CardOptions(license="apache-2.0", data_license="none: random weights")
 for folder, repo_id, options in json.loads(sys.argv[1]):
     said = []
+    exec(options.pop("before", ""))
     try:
         done = publishing.publish(folder, repo_id, card=card, say=said.append, **options)
         found = {"commit": done.commit, "pull_request": done.pull_request, "url": done.url}
@@ -195,7 +261,11 @@ def test_one_commit_brings_everything_and_the_next_sends_what_changed(hub, publi
         MANIFEST: Entry(git_blob(text), len(text), None, text),
     }
     hub.add_commit(repo, "refs/heads/main", edited, "by hand", "", "carol", first["commit"])
-    (third,) = publish((exported, "org/once", {}))
+    start = len(hub.log)
+    refused, third = publish((exported, "org/once", {}), (exported, "org/once", {"overwrite_edits": True}))
+    assert refused["error"].startswith("ValueError: org/once: README.md changed on the Hub")
+    assert "--overwrite-edits" in refused["error"]
+    assert sum("/commit/" in path for path in writes(hub, start)) == 1
     after = repo.commits[third["commit"]].tree
     assert "theirs.txt" in after
     assert "model-00001-of-00002.safetensors" not in after
@@ -221,7 +291,7 @@ def test_branches_pull_requests_and_private_repositories(hub, publish, exported)
     assert repo.refs["refs/pr/1"] == pull["commit"]
     assert "model.safetensors" not in repo.commits[repo.refs["refs/heads/main"]].tree
     assert hub.repos["model", "org/secret"].private
-    assert "private" in private["said"][1] or "private" in private["said"][0], private["said"]
+    assert "org/secret, new and private: branch main, licence apache-2.0" in private["said"]
 
 
 @pytest.mark.slow
@@ -268,5 +338,142 @@ def test_offline_a_dry_run_still_checks_and_a_publish_says_why_not(hub, publish,
     dry, real = publish(
         (exported, "org/off", {"dry_run": True}), (exported, "org/off", {}), HF_HUB_OFFLINE="1"
     )  # fmt: skip
-    assert any("not compared with the Hub" in line and "HF_HUB_OFFLINE" in line for line in dry["said"])
+    said = "\n".join(dry["said"])
+    assert "org/off, not compared with the Hub: branch main" in said
+    assert "HF_HUB_OFFLINE" in said
+    assert "new and public" not in said
+    assert "there already" not in said
     assert "offline mode is on; unset HF_HUB_OFFLINE" in real["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_dry_run_without_a_network_waits_a_second_and_no_longer(hub, publish, exported):
+    (found,) = publish((exported, "org/cut", {"dry_run": True}), HF_ENDPOINT="http://127.0.0.1:9")
+    waits = [line for line in found["said"] if "trying again in" in line]
+    assert len(waits) == 1
+    assert "trying again in 1 s" in waits[0]
+    assert any("not compared with the Hub" in line for line in found["said"])
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_beside_weights_of_others_nothing_is_written_but_a_pull_request(hub, publish, exported):
+    from tests.hub.server import Entry, git_blob
+
+    repo = hub.create("model", "org/foreign", ("alice", "write", ["org"]))
+    theirs = {name: Entry(git_blob(b"x"), 1, None, b"x") for name in ("README.md", "pytorch_model.bin", "notes.txt")}
+    hub.add_commit(repo, "refs/heads/main", theirs, "theirs", "", "carol", repo.refs["refs/heads/main"])
+    start = len(hub.log)
+    dry, real = publish((exported, "org/foreign", {"dry_run": True}), (exported, "org/foreign", {}))
+    for one in (dry, real):
+        assert (
+            "pytorch_model.bin; delete them there, name another repository, or propose it with --create-pr"
+            in (one["error"])
+        )
+        assert "replaces a file that hf-mae did not write" in "\n".join(one["said"])
+    assert writes(hub, start) == []
+    (pull,) = publish((exported, "org/foreign", {"create_pr": True}))
+    assert "error" not in pull
+    assert any("delete them before the pull request is merged" in line for line in pull["said"])
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_verdict_that_fails_after_the_publish_is_an_error_that_says_it_is_there(hub, publish, exported):
+    bad = "from hf_mae.hub.widget import Check\n"
+    bad += "publishing.check_remote = lambda *_: Verdict((Check('no pickles', False, 'x.bin', 'remove'),), False, 'no')"
+    (found,) = publish((exported, "org/bad", {"before": bad}))
+    assert found["error"].startswith("RuntimeError: org/bad is published")
+    assert "not as it should be: no pickles: x.bin (remove)" in found["error"]
+    assert "model.safetensors" in hub.resolve(hub.repos["model", "org/bad"], "main").tree
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_model_that_is_exported_anew_and_unchanged_makes_no_second_commit(hub, publish, exported):
+    model = exported.parent / "model"
+    first, again = publish((model, "org/twice", {}), (model, "org/twice", {}))
+    assert again["commit"] == first["commit"]
+    assert "everything is there already; nothing to commit" in again["said"]
+    assert any(line.startswith("unchanged: ") for line in again["said"])
+    assert len(hub.repos["model", "org/twice"].commits) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_what_was_made_before_an_upload_failed_is_told(hub, publish, exported):
+    publish((exported, "org/made", {}))
+    main = hub.repos["model", "org/made"].refs["refs/heads/main"]
+    hub.fault("POST", "/commit/", status=403, times=2)
+    model = exported.parent / "model"
+    repository, branch = publish(
+        (exported, "org/empty", {}), (model, "org/made", {"revision": "b", "target": "hf_mae"})
+    )
+    assert "the new public repository org/empty was made, and is empty" in repository["error"]
+    assert set(hub.resolve(hub.repos["model", "org/empty"], "main").tree) == {".gitattributes"}
+    assert f"the new branch b was made, and holds what main held ({main[:10]})" in branch["error"]
+    assert hub.repos["model", "org/made"].refs["refs/heads/b"] == main
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_an_error_of_a_value_is_not_taken_for_the_hubs_word_on_the_card(publish, exported):
+    other = "publishing.HfApi.create_commit = lambda *_, **__: (_ for _ in ()).throw(ValueError('something else'))"
+    (found,) = publish((exported, "org/value", {"before": other}))
+    assert "something else" in found["error"]
+    assert "refuses the card" not in found["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_token_that_cannot_be_sent_and_a_repository_of_others_are_refused_before_any_work(publish, exported):
+    (token,) = publish((exported, "org/x", {}), HF_TOKEN="\u201chf_alice_write\u201d")
+    assert token["error"].startswith("ValueError: the token holds characters that no token has")
+    assert "alice" not in token["error"]
+    other, proposed = publish(
+        (exported, "org/x", {}), (exported, "org/once", {"create_pr": True}), HF_TOKEN="hf_bob_write"
+    )
+    assert "org is not you (bob) nor an organisation of yours (you have none); publish to bob/x" in other["error"]
+    assert other["said"] == []
+    assert "is not you" not in proposed.get("error", "")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_publishes_of_one_folder_do_not_write_into_it_at_once(publish, exported):
+    lock = RunLock(exported)
+    lock.acquire()
+    try:
+        (found,) = publish((exported, "org/both", {"dry_run": True}))
+    finally:
+        lock.release()
+    assert "RuntimeError: " in found["error"]
+    assert "is being published by another process" in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("tail", "runs"),
+    [
+        ("ValueError: no such class", 1),
+        ("KeyError: 500", 1),
+        ("huggingface_hub.errors.HfHubHTTPError: 503 Server Error: Service Unavailable for url", 3),
+        ("Client error '429 Too Many Requests' for url", 3),
+        ("OSError: We couldn't connect to 'https://huggingface.co' to load the files", 3),
+    ],
+)
+def test_usage_lines_are_run_again_only_if_the_network_failed_them(monkeypatch, tail, runs):
+    import hf_mae.hub.publish as publishing
+    from hf_mae.cards.options import CardOptions
+
+    calls = []
+
+    def fail(*_, **__):
+        calls.append(1)
+        raise RuntimeError(f"usage block 1 of the card does not run. It ended with:\n{tail}")
+
+    monkeypatch.setattr(publishing, "run_usage", fail)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(RuntimeError, match="is published and whole, but the lines of its card did not run"):
+        publishing._try_there("", "org/x", CardOptions(), on_main=True, say=lambda line: None)
+    assert len(calls) == runs

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_mae.training.checkpoint import damage
+from hf_mae.training.checkpoint import RunLock, damage
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -23,6 +23,28 @@ from huggingface_hub import HfApi
 api = HfApi()
 api.create_repo(sys.argv[1], exist_ok=True)
 api.upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2])
+"""
+
+# The run goes on while its files are on their way: a row is added, and a newer checkpoint takes the place of the old.
+GROWN = """
+import sys
+from pathlib import Path
+import hf_mae.hub.publish as publishing
+from hf_mae.cards.options import CardOptions
+from hf_mae.hub.widget import Verdict
+publishing.run_usage = lambda *_, **__: {"blocks": []}
+publishing.check_folder = lambda *_, **__: Verdict((), True, "passed")
+run, upload = Path(sys.argv[1]), publishing.HfApi.preupload_lfs_files
+
+def grow(*arguments, **options):
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 13')
+    (run / "checkpoints" / "step_00000012" / "model" / "model.safetensors").unlink(missing_ok=True)
+    return upload(*arguments, **options)
+
+publishing.HfApi.preupload_lfs_files = grow
+card = CardOptions(license="apache-2.0", data_license="digits of scikit-learn")
+publishing.publish(run, "org/grown", checkpoint=True, card=card)
 """
 
 PULL = """
@@ -56,9 +78,9 @@ def half(straight, tmp_path) -> Path:
     shutil.copytree(straight, run)
     shutil.rmtree(run / "checkpoints" / "step_00000012")
     staged = tmp_path / "staged"
-    for file in collect_checkpoint(run):
-        (staged / file.path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file.local, staged / file.path)
+    for path, local in collect_checkpoint(run):
+        (staged / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(local, staged / path)
     return staged
 
 
@@ -113,7 +135,7 @@ def test_only_safetensors_and_json_are_taken(half, pulled, tmp_path):
         (half / name).write_text("import os")
     out = tmp_path / "out"
     said = pulled("org/evil", out, upload=half)
-    assert "left there, neither safetensors nor JSON: run/" in said
+    assert "left there, neither safetensors nor JSON of a run: run/" in said
     assert {p.suffix for p in out.rglob("*") if p.is_file()} == {".json", ".jsonl", ".safetensors", ""}
     assert [p.name for p in out.rglob("*") if p.is_file() and not p.suffix] == ["last"]
 
@@ -152,3 +174,55 @@ def test_a_pull_that_broke_off_keeps_what_had_arrived(half, pulled, hub, tmp_pat
     said = pulled("org/broken", out)
     assert "continues at step_00000006" in said
     assert sum(r["m"] == "GET" and r["port"] == "store" for r in hub.log[start:]) == 1
+
+
+def test_a_run_that_goes_on_while_it_is_published_arrives_as_it_was(straight, pulled, run_client, client_env, tmp_path):
+    import shutil
+
+    run = tmp_path / "grown"
+    shutil.copytree(straight, run)
+    run_client([sys.executable, "-c", GROWN, str(run)], client_env)
+    assert "continues at step_00000012" in pulled("org/grown", tmp_path / "out")
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    assert damage(tmp_path / "out" / "checkpoints" / "step_00000012") is None
+
+
+@pytest.mark.parametrize("name", ["step_x", "step_00000001", "step_00000002.old"])
+def test_a_repository_with_a_folder_that_is_no_checkpoint_is_no_run(pulled, tmp_path, name):
+    staged = tmp_path / "staged" / "run"
+    (staged / "checkpoints" / name).mkdir(parents=True)
+    (staged / "checkpoints" / name / "manifest.json").write_text("{}")
+    (staged / "recipe.json").write_text("{}")
+    said = pulled(f"org/none-{name}", tmp_path / "out", upload=tmp_path / "staged")
+    if name == "step_00000001":
+        assert "manifest.json names no recipe.json, model/, training_state/, data_state/" in said
+    else:
+        assert "holds no run that can be continued" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_best_model_that_is_not_what_its_manifest_says_is_refused(half, pulled, tmp_path):
+    best = half / "run" / "best"
+    (best / "model").mkdir(parents=True)
+    (best / "model" / "config.json").write_text("{}")
+    (best / "manifest.json").write_text(json.dumps({"model/config.json": [2, "0" * 64]}))
+    said = pulled("org/best", tmp_path / "out", upload=half)
+    assert "holds a damaged best model: model/config.json does not match" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_no_pull_left_is_not_emptied_and_two_pulls_do_not_fill_one(half, pulled, tmp_path):
+    foreign = tmp_path / ".pull_out"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("x")
+    assert "was not left by a pull" in pulled("org/twice", tmp_path / "out", upload=half)
+    assert (foreign / "mine.txt").read_text() == "x"
+    busy = tmp_path / ".pull_busy"
+    busy.mkdir()
+    lock = RunLock(busy)
+    lock.acquire()
+    try:
+        assert "is in use by process" in pulled("org/twice", tmp_path / "busy")
+    finally:
+        lock.release()
+    assert "continues at" in pulled("org/twice", tmp_path / "busy")

@@ -285,6 +285,26 @@ def test_a_private_repository_is_said_to_be_hidden():
     assert any("others see no widget" in line for line in verdict.lines())
 
 
+@pytest.mark.parametrize("kind", [ViTForImageClassification, BeitModel])
+def test_a_grey_model_has_no_widget_by_design(tmp_path, kind):
+    """No stock pipeline reads grey, whatever the page infers from the architecture."""
+    config = ViTConfig if kind is ViTForImageClassification else BeitConfig
+    kind(config(**SIZES, num_channels=1)).save_pretrained(tmp_path)
+    record = {"task": None, "channels": 1}
+    (tmp_path / "export.json").write_text(json.dumps(record))
+    _write_card(tmp_path, {"library_name": "transformers"})
+    names = [path.name for path in tmp_path.iterdir()]
+    info = _info(config={"architectures": [kind.__name__], "model_type": config.model_type},
+                 siblings=[{"rfilename": name} for name in names])  # fmt: skip
+    for verdict in (check_folder(tmp_path), check_remote(info, record)):
+        assert verdict.problems == []
+        assert not verdict.works
+        assert verdict.sentence.startswith("No widget, by design: the stock pipelines read colour")
+        assert "1 channel." in verdict.sentence
+    (tmp_path / "model.bin").write_bytes(b"")
+    assert _problems(check_folder(tmp_path)) == ["no pickles"]
+
+
 def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="not a folder"):
         check_folder(tmp_path / "absent")

@@ -47,7 +47,7 @@ def read_processor(
             "of preprocessor_config.json only mean and std are taken; pictures are resized and cropped as in our "
             "evaluation"
         )
-    elif not {"image_mean", "image_std"} <= (given or {}).keys():
+    elif channels == 3 and not {"image_mean", "image_std"} <= (given or {}).keys():
         say("the model does not say how its pictures are normalised: ImageNet's mean and std are written")
     if given is not None and (unknown := sorted(given.keys() - processor.keys())):
         raise ValueError(

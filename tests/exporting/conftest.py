@@ -6,8 +6,11 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from hf_mae import MAEConfig
+from hf_mae.exporting import checked
+from hf_mae.exporting.parity import Stranger, flower
 
 TINY = {
     "image_size": 32,
@@ -83,3 +86,16 @@ def make_run(save):
         return folder
 
     return write
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A small photograph: odd borders, so that the crop of the image processors is not ours."""
+    Image.open(flower()).crop((0, 0, 301, 427)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Keep `export` from starting a process that loads the folder: for tests of everything else."""
+    monkeypatch.setattr(checked, "run_stock", lambda *_: Stranger({}, None, {}))

@@ -13,31 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
 from hf_mae.exporting import checked
 from hf_mae.exporting.convert import convert
-from hf_mae.exporting.parity import Stranger, flower
 from hf_mae.exporting.write import export
 from hf_mae.models.timm_models import TimmSpec, create, load, write_timm_folder
 
 FINETUNE = {"name": "finetune-small", "model": {"head": "linear", "pool": "mean"}, "trainable_blocks": None}
 PRETRAIN = {"name": "mae-vit-n", "model": {"mask_ratio": 0.75}}
-
-
-@pytest.fixture
-def picture(tmp_path):
-    """A small photograph: odd borders, so that the crop of the image processors is not ours."""
-    Image.open(flower()).crop((0, 0, 301, 427)).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Keep `export` from starting a process that loads the folder: for tests of everything else."""
-    monkeypatch.setattr(checked, "run_stock", lambda *_: Stranger({}, None, {}))
 
 
 def record(folder):
@@ -217,57 +202,6 @@ def test_a_model_object_is_left_as_it_is(make, tmp_path, unchecked):
     assert model.config.head == "batchnorm"
 
 
-def test_what_is_not_known_is_said(make, tmp_path, unchecked):
-    lines = []
-    model = make(MAEForImageClassification, id2label={0: "LABEL_0", 1: "LABEL_1"})
-    out = export(model, tmp_path / "out", say=lines.append)
-    assert any("have no names" in line for line in lines)
-    assert any("ImageNet's mean and std" in line for line in lines)
-    assert json.loads((out / "preprocessor_config.json").read_text())["image_mean"] == [0.485, 0.456, 0.406]
-
-
-def test_a_processor_is_completed_and_wins(make, save, tmp_path, unchecked):
-    model = save(make(MAEForImageClassification), tmp_path / "model")
-    out = export(model, tmp_path / "out", processor={"image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 40}})
-    written = json.loads((out / "preprocessor_config.json").read_text())
-    assert written["image_mean"] == [0.1, 0.2, 0.3]
-    assert written["size"] == {"shortest_edge": 40}
-    assert written["image_std"] == pytest.approx([0.2, 0.3, 0.25])
-    assert written["crop_size"] == {"height": 32, "width": 32}
-
-
-def test_a_processor_of_another_kind_gives_mean_and_std_only(make, save, tmp_path, unchecked):
-    folder = save(make(MAEForPreTraining), tmp_path / "model")
-    other = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.1] * 3, "image_std": [0.2] * 3, "size": 7}
-    (folder / "preprocessor_config.json").write_text(json.dumps(other))
-    lines = []
-    out = export(folder, tmp_path / "out", say=lines.append)
-    written = json.loads((out / "preprocessor_config.json").read_text())
-    assert written["image_mean"] == [0.1] * 3
-    assert written["size"] == {"shortest_edge": 36}
-    assert any("only mean and std are taken" in line for line in lines)
-
-
-def test_grey_models_have_no_pipeline(make, tmp_path):
-    lines = []
-    model = make(MAEForImageClassification, num_channels=1)
-    given = {"image_mean": [0.5], "image_std": [0.2]}
-    found = record(export(model, tmp_path / "out", processor=given, say=lines.append))
-    assert found["pipeline"] is None
-    assert found["task"] is None
-    assert found["processor"]["pil"] <= 1e-6
-    assert any("read pictures in colour" in line for line in lines)
-
-
-def test_a_processor_that_crops_otherwise_is_reported(make, tmp_path):
-    lines = []
-    wide = make(MAEForImageClassification, pool="cls", image_size=(32, 48))
-    found = record(export(wide, tmp_path / "out", say=lines.append))
-    assert found["processor"]["pil"] > 0.1
-    assert any("not square" in change for change in found["changes"])
-    assert any(line.startswith("warning: pictures prepared") for line in lines)
-
-
 def test_a_stock_vit_mae_folder_is_read(make, save, tmp_path, unchecked):
     first = export(make(MAEForPreTraining), tmp_path / "vit_mae")
     second = export(first, tmp_path / "again", "vit")
@@ -308,88 +242,6 @@ def test_code_is_added_to_the_research_folder_only_when_asked(make, tmp_path):
     coded = export(make(MAEForPreTraining), tmp_path / "coded", "hf_mae", code=True)
     assert list(coded.glob("*.py"))
     assert "auto_map" in (coded / "config.json").read_text()
-
-
-# ------------------------------------------------------------------------------------------------ refusals
-
-
-@pytest.mark.parametrize(
-    ("cls", "fields", "target", "message"),
-    [
-        (MAEForImageClassification, {}, "vit_mae", "this is a classifier; use 'beit'"),
-        (MAEForImageClassification, {"pool": "mean"}, "vit", "pool='mean' is not how 'vit' pools"),
-        (MAEForImageClassification, {"pool": "cls"}, "beit", "pool='cls' is not how 'beit' pools"),
-        (MAEModel, {}, "vit_mae", "an encoder without one; use 'vit'"),
-        (MAEModel, {"pool": "cls"}, "beit", "pool='cls' cannot be told to BeitModel"),
-        (MAEForPreTraining, {"mask_strategy": "grid"}, "vit_mae", "mask_strategy='grid'"),
-        (MAEForPreTraining, {}, "jax", "target='jax' is unknown; use one of auto, vit_mae"),
-    ],
-)
-def test_a_target_that_cannot_express_the_model_is_refused(make, tmp_path, cls, fields, target, message):
-    with pytest.raises(ValueError, match="use ") as error:
-        export(make(cls, **fields), tmp_path / "out", target)
-    assert message in str(error.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_models_of_timm_have_no_class_of_transformers(tmp_path):
-    spec = TimmSpec("test_resnet", ("ant", "bee"), (32, 32), (32, 32), None, 3, 0.0, (0.5,) * 3, (0.2,) * 3)
-    write_timm_folder(tmp_path / "model", spec, create(spec).state_dict())
-    with pytest.raises(ValueError, match=r"target='vit' is for models of hf_mae.*use 'timm'"):
-        export(tmp_path / "model", tmp_path / "out", "vit")
-
-
-def test_broken_weights_are_refused(make, tmp_path):
-    model = make(MAEForImageClassification)
-    model.blocks[1].mlp.fc1.bias.data[3] = float("nan")
-    with pytest.raises(ValueError, match=r"weight blocks.1.mlp.fc1.bias is not finite.*earlier checkpoint"):
-        export(model, tmp_path / "out")
-    model = make(MAEForImageClassification)
-    model.head.weight = torch.nn.Parameter(torch.zeros(3, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"head.weight is torch.int8.*quantised"):
-        export(model, tmp_path / "out")
-
-
-def test_other_objects_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="model is a Linear, which cannot be exported"):
-        export(torch.nn.Linear(2, 2), tmp_path / "out")
-
-
-def test_folders_of_others_are_refused(make, save, tmp_path, unchecked):
-    stock = export(make(MAEForImageClassification), tmp_path / "stock")
-    with pytest.raises(ValueError, match="is a BeitForImageClassification, which is no model of hf_mae or timm"):
-        export(stock, tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="is not a model folder"):
-        export(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(ValueError, match="does not exist"):
-        export(str(tmp_path / "nothing"), tmp_path / "out")
-
-
-def test_weights_that_a_run_has_not_are_refused(make, save, make_run, tmp_path):
-    run = make_run(tmp_path / "run", last=make(MAEForPreTraining), best=None, average=None, recipe=PRETRAIN)
-    with pytest.raises(ValueError, match=r"weights='best' of .* do not exist .* use 'last'"):
-        export(run, weights="best")
-    with pytest.raises(ValueError, match=r"weights='average' of .* do not exist .*optim.ema_decay"):
-        export(run, weights="average")
-    with pytest.raises(ValueError, match="weights='best' is for run folders"):
-        export(save(make(MAEModel), tmp_path / "model"), tmp_path / "out", weights="best")
-    with pytest.raises(ValueError, match="weights='best' is for run folders, and model is an object"):
-        export(make(MAEModel), tmp_path / "out", weights="best")
-
-
-def test_arguments_that_do_not_fit_are_refused(make, tmp_path):
-    model = make(MAEForImageClassification)
-    with pytest.raises(ValueError, match="out_dir is not given; name the folder"):
-        export(model)
-    with pytest.raises(ValueError, match="code=True is for target 'hf_mae', and target is 'beit'"):
-        export(model, tmp_path / "out", code=True)
-    with pytest.raises(ValueError, match="processor has the field do_flip, which BitImageProcessor has not"):
-        export(model, tmp_path / "out", processor={"do_flip": True})
-    with pytest.raises(ValueError, match=r"image_mean=.* does not fit num_channels=1"):
-        export(make(MAEForImageClassification, num_channels=1), tmp_path / "out")
-    with pytest.raises(ValueError, match="is no file; name a picture"):
-        export(model, tmp_path / "out", picture=tmp_path / "nothing.jpg")
 
 
 # ------------------------------------------------------------------------------------------------ whole or absent

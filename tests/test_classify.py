@@ -84,6 +84,7 @@ def test_a_run_leaves_model_best_model_numbers_and_pictures(recipe):
     (start,) = json.loads((out / "environment.json").read_text())["starts"]
     assert start["init_from"] == recipe.init_from
     assert len(start["encoder_digest"]) == 16
+    assert start["lineage"][0]["name"] == Path(recipe.init_from).name  # with its licence, should it be known
     assert start["tested_on"] == "test"
     best = json.loads((out / "best" / "best.json").read_text())
     assert best["value"] == max(row["top1"] for row in rows(out) if "top1" in row)

@@ -27,6 +27,8 @@ METRICS = {
 }
 """By name in the records: in words, as the Hub's metric, and how it is printed."""
 
+UNKNOWN_SPLIT = "split not recorded"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -67,7 +69,7 @@ def comparable(results: Sequence[Result]) -> list[Result]:
     """Return what may stand for the model elsewhere: measured as exported, one for each data set, part and metric."""
     found: dict[tuple[str, str, str], Result] = {}
     for one in results:
-        if one.as_exported:
+        if one.as_exported and one.split != UNKNOWN_SPLIT:
             found.setdefault((one.dataset_id or one.data, one.split, one.name), one)
     return list(found.values())
 
@@ -94,7 +96,7 @@ def measured(records: Records, data: str, dataset_id: str | None) -> list[Result
         file = f"evaluation {extra.name}/summary.json"
         own = extra.summary.get("data") == records.recipe.get("data", {}).get("path")
         where = data if own else last_part(str(extra.summary.get("data", ""))) or extra.name
-        split = last_part(str(extra.summary.get("split") or extra.summary.get("splits") or "split not recorded"))
+        split = last_part(str(extra.summary.get("split") or extra.summary.get("splits") or UNKNOWN_SPLIT))
         count = maybe(extra.summary, "numbers.examples", file, "count")
         for name in METRICS:
             value = maybe(extra.summary, f"numbers.{name}", file, METRICS[name][2])  # type: ignore[arg-type]

@@ -227,7 +227,7 @@ def exactness_table(records: Records) -> list[Row]:
     if (images := maybe(parity, "images", f"{EXPORT}: parity")) is not None:
         table.append(("images compared", images))
     processor = records.export.get("processor") or {}
-    moved = ", crops laid over each other" if _is_moved(processor) else ""
+    moved = ", after laying the crops over each other" if _is_moved(processor) else ""
     for name, label in (("pil", 'processor with backend="pil"'), ("default", "processor as loaded by default")):
         if (found := maybe(processor, name, f"{EXPORT}: processor", "short")) is not None:
             table.append((f"{label}, largest difference to our evaluation transform{moved}", found))

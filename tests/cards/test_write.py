@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,10 @@ def test_evaluation_with_other_pictures_is_told_but_is_no_result_of_the_hub(expo
     assert "| 31.11 % | more, test at 48x48, crop 0.5 |" in text
     values = [r.metric_value for r in ModelCard.load(export / "README.md").data.eval_results]
     assert values == [0.7654, 0.4222]
+    write_json(tmp_path / "first" / "summary.json", same | {"split": None})
+    text = _card(export, run, evaluations=[tmp_path / "first"])
+    assert "| 42.22 % | more, split not recorded" in text
+    assert [r.metric_value for r in ModelCard.load(export / "README.md").data.eval_results] == [0.7654]
     assert (export / "records" / "evaluation_my_eval.json").is_file()
 
 
@@ -277,7 +282,7 @@ def test_processor_is_described_as_it_was_compared(export: Path, run: Path):
     change(export / "export.json", processor={"pil": 0.0, "default": 0.004, "shift": [0, 1], "agrees": True})
     text = _card(export, run)
     assert "up to one pixel of crop offset" in text
-    assert "crops laid over each other" in text
+    assert "after laying the crops over each other" in text
     change(export / "export.json", processor={"pil": 0.4, "default": 0.4, "shift": [0, 0], "agrees": False})
     assert "does not prepare pictures as our evaluation did" in _card(export, run)
 
@@ -305,7 +310,7 @@ def test_names_cannot_break_the_markdown(export: Path, run: Path):
 def test_options_of_one_line_have_one(export: Path, name: str):
     value = "a\n---\n# b"
     with pytest.raises(ValueError, match=f"{name}=.*more than one line"):
-        _card(export, None, CardOptions(license="mit", **{name: (value,) if name == "tags" else value}))
+        _card(export, None, replace(OPTIONS, **{name: (value,) if name == "tags" else value}))
 
 
 def test_lineage_names_the_run_not_its_folder_model(export: Path, run: Path, tmp_path: Path):

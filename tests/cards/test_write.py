@@ -208,11 +208,11 @@ def test_evaluation_with_other_pictures_is_told_but_is_no_result_of_the_hub(expo
     assert "| 31.11 % | more, test at 48x48, crop 0.5 |" in text
     values = [r.metric_value for r in ModelCard.load(export / "README.md").data.eval_results]
     assert values == [0.7654, 0.4222]
+    assert (export / "records" / "evaluation_my_eval.json").is_file()
     write_json(tmp_path / "first" / "summary.json", same | {"split": None})
     text = _card(export, run, evaluations=[tmp_path / "first"])
     assert "| 42.22 % | more, split not recorded" in text
     assert [r.metric_value for r in ModelCard.load(export / "README.md").data.eval_results] == [0.7654]
-    assert (export / "records" / "evaluation_my_eval.json").is_file()
 
 
 def test_data_measured_on_has_a_name_of_its_own(export: Path, run: Path):

@@ -1,6 +1,6 @@
 """Every export target beside the model it was made of: largest difference in float64 and float32, and the time it took.
 
-usage: export.py [--sizes ti b] [--runs RUN ...] --out DIR
+usage: export.py [--sizes ti b] [--timm resnet18 ...] [--runs RUN ...] --out DIR
 
 Each line is one `hf_mae.export`: the stock class is loaded in a process without hf_mae, and both compute in float64 and
 float32 on the same images. Weights are random in every tensor (norms, biases and running statistics too), as weights at
@@ -19,17 +19,26 @@ import torch
 
 import hf_mae
 from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
+from hf_mae.models.timm_models import TimmSpec, create, write_timm_folder
 
 CASES = (
     ("pretraining", "vit_mae"),
+    ("pretraining", "hf_mae"),
     ("encoder", "vit"),
+    ("encoder", "beit"),
+    ("encoder", "timm"),
+    ("encoder, cls token", "timm"),
     ("encoder", "onnx"),
     ("classifier, mean pooling", "beit"),
     ("classifier, mean pooling", "timm"),
     ("classifier, cls token", "vit"),
+    ("classifier, cls token", "timm"),
     ("probe (batch norm folded)", "vit"),
     ("classifier, mean pooling", "onnx"),
 )
+CLASSES = tuple(f"class {i}" for i in range(10))
+TIMM = ("resnet18", "rexnet_100")
+"""Architectures of timm; both have running statistics, one attention to channels as well."""
 
 
 @torch.no_grad()
@@ -46,15 +55,23 @@ def shaken(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def build(what: str, size: str) -> torch.nn.Module:
-    config = MAEConfig.from_size(size, id2label={i: f"class {i}" for i in range(10)})
+    config = MAEConfig.from_size(size, id2label=dict(enumerate(CLASSES)))
     if what == "pretraining":
         return MAEForPreTraining(config)
-    if what == "encoder":
+    config.pool = "cls" if "cls" in what or "probe" in what else "mean"
+    if what.startswith("encoder"):
         return MAEModel(config)
-    config.pool = "mean" if "mean" in what else "cls"
     config.head = "batchnorm" if "probe" in what else "linear"
     config.pos_embed = "learned"
     return MAEForImageClassification(config)
+
+
+def timm_folder(architecture: str, folder: Path) -> Path:
+    """Write a model of timm with random weights, as training does."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    spec = TimmSpec(architecture, CLASSES, (160, 160), (224, 224), 0.95, 3, 0.0, mean, std)
+    write_timm_folder(folder, spec, shaken(create(spec)).state_dict())
+    return folder
 
 
 def row(what: str, target: str, model: object, out: Path) -> dict[str, object]:
@@ -91,6 +108,7 @@ def table(rows: list[dict[str, object]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", default=["ti", "b"])
+    parser.add_argument("--timm", nargs="*", default=list(TIMM))
     parser.add_argument("--runs", nargs="*", default=[], type=Path)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -101,6 +119,12 @@ def main() -> None:
         for what, target in CASES:
             rows.append(row(f"ViT-{size.upper()} {what}", target, shaken(build(what, size)), given.out / "export"))
             print(table(rows).splitlines()[-1], flush=True)
+    for architecture in given.timm:
+        model = timm_folder(architecture, given.out / "model")
+        for target in ("timm", "onnx"):
+            rows.append(row(architecture, target, model, given.out / "export"))
+            print(table(rows).splitlines()[-1], flush=True)
+        shutil.rmtree(model)
     for run in given.runs:
         name = json.loads((run / "recipe.json").read_text())["name"]
         for target in ("auto", "onnx"):

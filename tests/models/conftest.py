@@ -79,8 +79,7 @@ def golden_classifier(
     """Make the golden classifier of one pool in evaluation mode, with changes to its configuration."""
 
     def build(pool: str = "mean", attn_implementation: str = "sdpa", **changes: Any) -> MAEForImageClassification:
-        classes = {} if "id2label" in changes else {"num_labels": 10}
-        fields = {"pool": pool, "pos_embed": "learned"} | classes | changes
+        fields = {"pool": pool, "pos_embed": "learned", "num_labels": 10} | changes
         model = MAEForImageClassification(tiny(attn_implementation=attn_implementation, **fields)).eval()
         key = "gap." if pool == "mean" else "cls."
         heads = {name.removeprefix(key): tensor for name, tensor in golden_vit.items() if name.startswith(key)}

@@ -186,7 +186,7 @@ def test_a_mean_classifier_has_no_norm_for_the_cls_token(fine_tuned):
 
 
 def test_a_cls_classifier_becomes_a_mean_classifier_with_a_new_head(golden_classifier, tmp_path):
-    source = golden_classifier("cls", id2label=LABELS)
+    source = golden_classifier("cls")
     source.save_pretrained(tmp_path)
     model = MAEForImageClassification.from_encoder(tmp_path, id2label=LABELS, head_init_std=0.0)
     assert not model.head.weight.any()

@@ -48,7 +48,7 @@ def lineage_of(name: str) -> list[Link]:
 
 
 def run_of(folder: Path) -> Path | None:
-    """Return the run folder that a model lies in: RUN, RUN/best/model or RUN/checkpoints/step_N/model; None elsewhere."""
+    """Return the run of a folder: RUN, RUN/best/model or RUN/checkpoints/step_N/model; None of others."""
     place = folder.expanduser().resolve()
     if (place / "recipe.json").is_file() and not (place / "config.json").is_file():
         step = place.parent.name == "checkpoints"
@@ -60,7 +60,7 @@ def run_of(folder: Path) -> Path | None:
 
 
 def parents_of_run(run: Path) -> list[Link]:
-    """Return what a run started from: as it was recorded at its start, else what is there now; empty if from scratch."""
+    """Return what a run started from: as recorded at its start, else what is there now; empty if from scratch."""
     found: list[Link] = []
     _follow_parents(run, found)
     return found[:MAX_LINKS]

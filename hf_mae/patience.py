@@ -204,7 +204,7 @@ def remedy(error: BaseException) -> str:
     if any(isinstance(one, OfflineModeIsEnabled) for one in chain):
         return "unset HF_HUB_OFFLINE: offline mode is on"
     if numbers & {errno.ENOSPC, errno.EDQUOT}:
-        return "free some space: the disk is full (`hf cache rm` clears the Hub's cache, HF_HOME moves it)"
+        return "free some space (`hf cache rm` clears the Hub's cache, HF_HOME moves it)"
     if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
         return "make the file readable and its folder writable for this user (HF_HOME moves the Hub's cache)"
     if any(isinstance(one, ssl.SSLCertVerificationError) for one in chain):
@@ -244,7 +244,7 @@ def explain(error: BaseException, *, repo_id: str, what: str) -> ValueError | Ru
     if met(LocalTokenNotFoundError):
         return ValueError(f"{what} needs a token and there is none; log in with `hf auth login` or set HF_TOKEN")
     if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in chain):
-        return RuntimeError(f"{what}: {remedy(error)}, then run the same command again")
+        return RuntimeError(f"{what}: the disk is full; {remedy(error)}, then run the same command again")
     if met(HFValidationError):
         return ValueError(f"{what}: {repo_id!r} is not a repository name ({one_line(error)}); write it as ORG/NAME")
     if met(GatedRepoError):

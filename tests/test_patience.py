@@ -258,7 +258,7 @@ MEANINGS = [
     (HTTP.ConnectError("refused"), RuntimeError, "ConnectError: refused; check the network"),
     (LocalTokenNotFoundError("x"), ValueError, "there is none; log in"),
     (LocalEntryNotFoundError("x"), RuntimeError, "cannot be reached and the file is not in the cache"),
-    (OSError(errno.ENOSPC, "No space left on device"), RuntimeError, "free some space: the disk is full"),
+    (OSError(errno.ENOSPC, "No space left on device"), RuntimeError, "the disk is full; free some space"),
     (PermissionError(errno.EACCES, "Permission denied"), RuntimeError, "make the file readable.*writable"),
     (LASTING["a certificate"], RuntimeError, "name the certificates of a proxy in between with SSL_CERT_FILE"),
     (LASTING["no such name"], RuntimeError, "check the network, and the spelling of HF_ENDPOINT"),

@@ -51,7 +51,7 @@ class ConvertArguments:
     """Likewise."""
     id2label: Path | None = None
     """A JSON file with the names of the classes: a list, or an object from 0 to n - 1."""
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    overwrite: bool = False
     """Replace a folder that this command wrote."""
 
 
@@ -63,6 +63,7 @@ def convert_command(arguments: Sequence[str]) -> None:
         description="Write a model folder of this package from weights of others. Nothing is unpickled but tensors and "
         "plain data.",
         args=list(arguments),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     from hf_mae.exporting.convert import convert
 
@@ -118,9 +119,9 @@ class ExportArguments:
     """Likewise."""
     picture: Path | None = None
     """A photograph for the last check, the pipeline; scikit-learn's bundled one unless given."""
-    code: tyro.conf.FlagCreatePairsOff[bool] = False
+    code: bool = False
     """With --target hf_mae: put flat modelling files beside the weights, for people without this package."""
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    overwrite: bool = False
     """Replace a folder that holds something else."""
 
 
@@ -132,6 +133,7 @@ def export_command(arguments: Sequence[str]) -> None:
         description="Write a model as a stock class of transformers, as timm or as ONNX; compare it, in float64 and "
         "float32, in a process without this package; run the pipeline on a picture.",
         args=list(arguments),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     from hf_mae.exporting.write import export
 
@@ -174,7 +176,7 @@ def card_command(arguments: Sequence[str]) -> None:
         description="Write the model card of an export from the records of its run, and check it as the Hub would. "
         "`hf-mae publish` does this too; here nothing leaves the machine.",
         args=list(arguments),
-        config=(tyro.conf.AvoidSubcommands,),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
     )
     from hf_mae.cards.validate import validate_card
     from hf_mae.cards.write import write_card
@@ -195,21 +197,24 @@ class PublishArguments:
     repository: Repository
     """Where it goes; made if need be."""
     target: Target = "auto"
-    """As for `hf-mae export`."""
+    """What it becomes: a stock class of transformers (beit or vit for classifiers and encoders, vit_mae for
+    pretraining), timm, onnx; hf_mae is this package's own class, with every option. auto takes the stock one."""
     weights: Weights = "last"
-    """As for `hf-mae export`."""
-    private: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Of a run: those of the newest checkpoint, of the best evaluation, or the averaged ones."""
+    private: bool = False
     """Make a new repository private."""
-    create_pr: tyro.conf.FlagCreatePairsOff[bool] = False
+    create_pr: bool = False
     """Open a pull request rather than commit to the branch."""
     revision: str | None = None
     """A branch, made if need be; main unless given."""
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    dry_run: bool = False
     """Do everything but write to the Hub: export, card, checks, the list of files, the verdict."""
-    checkpoint: tyro.conf.FlagCreatePairsOff[bool] = False
+    checkpoint: bool = False
     """Add the newest checkpoint with optimizer and data state, so that `hf-mae pull` continues elsewhere."""
-    code: tyro.conf.FlagCreatePairsOff[bool] = False
-    """As for `hf-mae export`."""
+    overwrite_edits: bool = False
+    """Undo what was edited on the Hub since the last publish, such as the card."""
+    code: bool = False
+    """With --target hf_mae: flat modelling files beside the weights, for people without this package."""
     evaluations: tuple[Path, ...] = ()
     """Folders or files written by `hf-mae evaluate --out`, for the card's results."""
     message: str | None = None
@@ -225,7 +230,7 @@ def publish_command(arguments: Sequence[str]) -> None:
         description="Put a run or an export on the Hub: stock files, a card made from the run's records, checks, one "
         "commit, and a look at what arrived. Log in first with `hf auth login`.",
         args=list(arguments),
-        config=(tyro.conf.AvoidSubcommands,),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
     )
     from hf_mae.hub.publish import publish
 
@@ -239,6 +244,7 @@ def publish_command(arguments: Sequence[str]) -> None:
         revision=given.revision,
         dry_run=given.dry_run,
         checkpoint=given.checkpoint,
+        overwrite_edits=given.overwrite_edits,
         code=given.code,
         card=given.card,
         evaluations=given.evaluations,
@@ -286,6 +292,7 @@ def demo_command(arguments: Sequence[str]) -> None:
         prog="hf-mae demo",
         description="Show a model in the browser, on this machine only; needs hf_mae[demo].",
         args=list(arguments),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     from hf_mae.demo.app import launch
 
@@ -304,7 +311,7 @@ class SpaceArguments:
     """Hub id of a classifier."""
     title: str | None = None
     """Of the page; made of the model's names unless given."""
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    overwrite: bool = False
     """Replace a folder that this command wrote."""
 
 
@@ -316,6 +323,7 @@ def space_command(arguments: Sequence[str]) -> None:
         description="Write a Hugging Face Space, the page of `hf-mae demo` for published models. Upload it with "
         "`hf upload ORG/NAME OUT --repo-type space`.",
         args=list(arguments),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     from hf_mae.demo.space import write_space
 

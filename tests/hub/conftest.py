@@ -1,8 +1,8 @@
 """A Hub on this machine, clients in clean processes, and the real parts: npm packages, a browser, a photograph.
 
 Client code runs in processes of its own, because the Hub's address and the cache are read when huggingface_hub is
-imported. What is not installed skips with its name; with HF_MAE_ALL_PARTS=1, which .ci/run sets once it has installed them, it
-fails, so that nothing is left out unseen.
+imported. What is not installed skips with its name; with HF_MAE_ALL_PARTS=1, which .ci/run sets once it has installed
+them, it fails, so that nothing is left out unseen.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@
 The Hub is the loopback server of the tests. Waits are counted, not waited: `time.sleep` is cut to a hundredth of a
 second, and the table says how long the pauses would have been. The checks that need no network (card, pipeline, usage
 lines) run for real in the first publish and are taken as passed in the others. `--kill` adds the upload of 200 MB that
-is killed with SIGKILL and run again. `--json` writes the rows for tests/hub/test_faults.py.
+is killed with SIGKILL and run again, once by LFS and, where hf_xet is installed, once by xet. What is asked with xet on
+is asked of a process of its own, because the client reads that switch when it is imported. `--json` writes the rows for
+tests/hub/test_faults.py.
 """
 
 # ruff: noqa: E402 (the Hub's address is read when huggingface_hub is imported)
@@ -13,6 +15,7 @@ is killed with SIGKILL and run again. `--json` writes the rows for tests/hub/tes
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -24,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +55,10 @@ import torch
 from huggingface_hub import HfApi
 
 import hf_mae.hub.publish as publishing
+import hf_mae.hub.pull as pulling
 from hf_mae import MAEConfig, MAEForImageClassification
 from hf_mae.cards.options import CardOptions
 from hf_mae.exporting.write import export
-from hf_mae.hub.pull import pull
 from hf_mae.hub.widget import Verdict
 from hf_mae.run import model_folder
 
@@ -102,7 +106,7 @@ def make_model() -> Path:
 # ------------------------------------------------------------------------------------------------ one row
 
 
-Do = Callable[[str], Any]
+Do = Callable[[str, Callable[[str], None]], Any]
 
 
 def tree_of(repo_id: str) -> dict[str, str] | None:
@@ -123,19 +127,19 @@ def case(name: str, fault: str, do: Do, *, command: str, prepare: Callable[[str]
     LISTENER.said = said
     outcome, told = "done", ""
     try:
-        do(repo_id, said.append)  # type: ignore[call-arg]
+        do(repo_id, said.append)
     except (ValueError, RuntimeError, OSError) as error:
         outcome, told = type(error).__name__, str(error)
     waits = [line for line in said if "trying again in" in line]
     HUB.faults.clear()
     after = tree_of(repo_id)
     # A new repository has nothing but what the Hub itself puts there.
-    untouched = after == before or (not before and set(after or {}) <= {".gitattributes"})
+    untouched, empty = after == before, before is None and set(after or {}) == {".gitattributes"}
     complete = after is not None and {"README.md", "model.safetensors", "config.json"} <= set(after)
     return {
         "name": name, "fault": fault, "command": command, "outcome": outcome, "told": told, "waits": waits,
         "said": said, "waited": round(sum(WAITED)), "hits": injected["hits"] if isinstance(injected, dict) else None,
-        "state": "untouched" if untouched else "whole" if complete else "HALF",
+        "state": "untouched" if untouched else "empty" if empty else "whole" if complete else "HALF",
     }  # fmt: skip
 
 
@@ -204,6 +208,26 @@ def push_between(repo_id: str) -> None:
 
 
 @contextmanager
+def full_disk(module: Any, name: str) -> Iterator[None]:
+    """Let a function that writes find no room."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    kept = getattr(module, name)
+    setattr(module, name, fail)
+    try:
+        yield
+    finally:
+        setattr(module, name, kept)
+
+
+def publish_without_room(repo_id: str, say: Callable[[str], None]) -> None:
+    with full_disk(shutil, "copyfile"):
+        publish_it(repo_id, say)
+
+
+@contextmanager
 def no_network() -> Iterator[None]:
     """Drop every connection."""
 
@@ -246,6 +270,8 @@ def publish_cases() -> Iterator[dict[str, Any]]:
     yield row("commit-lost", "commit: made, its answer lost", lose_answer)
     yield row("commit-403", "commit: 403, the token was revoked", fault("POST", "/commit/", status=403, times=9))
     yield row("commit-412", "commit: 412, someone else pushed", push_between)
+    yield row("commit-409", "commit: 409, a conflict", fault("POST", "/commit/", status=409, times=9))
+    yield row("no-space", "no space left for the copy", do=publish_without_room)
     yield row("card-400", "the Hub refuses the card: 400", fault("POST", "/validate-yaml", status=400, times=9))
     yield row("tree", "reading back: 503, eight times", fault("GET", "/tree/", status=503, times=8))
     yield row("away", "no network", do=publish_without_network)
@@ -296,6 +322,22 @@ def load_cases() -> Iterator[dict[str, Any]]:
     yield opening("open-get", "GET of config.json: 503, three times", small)
     yield opening("open-missing", "no such repository", do=named("org/missing"))
     yield opening("open-gated", "a gated repository", do=with_token("hf_bob_read", named("org/gated")))
+    yield from gated_cases()
+
+
+def gated_cases() -> Iterator[dict[str, Any]]:
+    """Every other command that loads a model or a run, at the repository of others that wants conditions accepted."""
+    from hf_mae.demo.models import load_classifier, load_reconstructor
+
+    commands: dict[str, Callable[[], Any]] = {
+        "evaluate": lambda: model_folder("org/gated", field="model"),
+        "export": lambda: export("org/gated", FOLDER / "gated"),
+        "demo --reconstruct": lambda: load_reconstructor("org/gated"),
+        "demo --classify": lambda: load_classifier("org/gated"),
+    }
+    for command, call in commands.items():
+        do = with_token("hf_bob_read", lambda repo_id, say, call=call: call())
+        yield case(f"gated-{command}", "a gated repository", do, command=command)
 
 
 def pull_cases() -> Iterator[dict[str, Any]]:
@@ -306,25 +348,40 @@ def pull_cases() -> Iterator[dict[str, Any]]:
     temporary = run / "checkpoints" / ".tmp"
     (temporary / "model").mkdir(parents=True)
     shutil.copy(FOLDER / "model" / "model.safetensors", temporary / "model")
-    (temporary / "recipe.json").write_text("{}")
+    for name in ("recipe.json", "training_state/state.json", "data_state/rank_0.json"):
+        (temporary / name).parent.mkdir(exist_ok=True)
+        (temporary / name).write_text("{}")
     commit(temporary, run / "checkpoints" / "step_00000002")
     (run / "recipe.json").write_text("{}")
     api = HfApi()
     api.create_repo("org/run", exist_ok=True)
     api.upload_folder(repo_id="org/run", folder_path=run, path_in_repo="run")
 
+    api.create_repo("org/gated-run", exist_ok=True)
+    api.upload_folder(repo_id="org/gated-run", folder_path=run, path_in_repo="run")
+    HUB.repos["model", "org/gated-run"].gated = "auto"
+
+    def gated(repo_id: str, say: Callable[[str], None]) -> None:
+        pulling.pull("org/gated-run", FOLDER / "gated-run", say=say)
+
     def bring(repo_id: str, say: Callable[[str], None]) -> None:
         out = FOLDER / "pulled" / repo_id.rpartition("/")[2]
         try:
-            pull("org/run", out, say=say)
+            pulling.pull("org/run", out, say=say)
         finally:
             if out.exists() and not (out / "checkpoints" / "step_00000002" / "manifest.json").is_file():
                 raise AssertionError("half a run folder was left")
 
-    def row(name: str, words: str, prepare: Any = None) -> dict[str, Any]:
-        return case(name, words, bring, command="pull", prepare=prepare)
+    def row(name: str, words: str, prepare: Any = None, do: Any = bring) -> dict[str, Any]:
+        return case(name, words, do, command="pull", prepare=prepare)
+
+    def without_room(repo_id: str, say: Callable[[str], None]) -> None:
+        with full_disk(pulling, "hf_hub_download"):
+            bring(repo_id, say)
 
     yield row("pull", "none")
+    yield row("gated-pull", "a gated repository", do=with_token("hf_bob_read", gated))
+    yield row("pull-no-space", "no space left for a file", do=without_room)
     yield row("pull-get", "GET of a file: 503, three times", fault("GET", "/_store/get", status=503, times=3))
     yield row("pull-cut", "GET of a file: cut", fault("GET", "/_store/get", cut=2000, times=2))
     yield row(
@@ -341,8 +398,8 @@ def pull_cases() -> Iterator[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ killed and resumed
 
 
-def killed_upload(files: int = 10, megabytes: int = 20) -> dict[str, Any]:
-    """Kill the upload of 200 MB after half of its ten files, then run it again; count what was sent each time."""
+def large_export(files: int = 10, megabytes: int = 20) -> Path:
+    """Make an export with ten files of noise beside it."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -352,6 +409,88 @@ def killed_upload(files: int = 10, megabytes: int = 20) -> dict[str, Any]:
     (big / "extra").mkdir()
     for i in range(files):
         save_file({"noise": draw.integers(0, 256, megabytes << 20, dtype=np.uint8)}, big / "extra" / f"{i}.safetensors")
+    return big
+
+
+def killed_xet_upload(big: Path) -> dict[str, Any]:
+    """The same by xet, whose store is a folder here: kill when half of it is there, run again, count what it grew.
+
+    Xet finds chunks again through the list that it writes when a session ends, so a killed one is sent anew.
+    """
+    with HubServer(xet=True) as hub:
+        environment = os.environ | hub.env(str(FOLDER / "xet_home"))
+        command = [sys.executable, __file__, "--client", str(big), "org/big"]
+
+        def stored() -> int:
+            return sum(path.stat().st_size for path in (hub.root / "cas").rglob("*") if path.is_file())
+
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while stored() < 90e6 and process.poll() is None:
+            REAL_SLEEP(0.005)
+        alive = process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        first = stored()
+        repo = hub.repos.get(("model", "org/big"))
+        visible = sorted(hub.resolve(repo, "main").tree) if repo else []
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        repo = hub.repos["model", "org/big"]
+        return {
+            "killed while uploading": alive, "MB stored before the kill": round(first / 1e6, 1),
+            "visible after the kill": visible, "exit of the second": again.returncode,
+            "MB stored by the second": round((stored() - first) / 1e6, 1),
+            "files there": len(hub.resolve(repo, "main").tree), "commits": len(repo.commits),
+            "told": again.stdout[-1500:] + again.stderr[-1500:],
+        }  # fmt: skip
+
+
+def xet_cases() -> Iterator[dict[str, Any]]:
+    """Faults while the client uploads by xet, from a process of its own for each."""
+    with HubServer(xet=True) as hub:
+        environment = os.environ | hub.env(str(FOLDER / "xet_rows"))
+        faults = {
+            "xet": ("none, by xet", None),
+            "xet-commit-500": ("by xet; commit: 500, three times", ("POST", "/commit/", 500, 3)),
+            "xet-token-404": ("by xet; no route for its write token", ("GET", "/xet-write-token/", 404, 10**6)),
+        }
+        for name, (words, injected) in faults.items():
+            hub.faults.clear()
+            if injected:
+                method, path, status, times = injected
+                hub.fault(method, path, status=status, times=times)
+            repo_id, told = f"org/fault-{name}", FOLDER / f"{name}.json"
+            command = [sys.executable, __file__, "--client", str(FOLDER / "export"), repo_id, "--json", str(told)]
+            subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
+            row = json.loads(told.read_text())
+            repo = hub.repos.get(("model", repo_id))
+            files = set(hub.resolve(repo, "main").tree) if repo else set()
+            whole = {"README.md", "model.safetensors", "config.json"} <= files
+            empty = files == {".gitattributes"}
+            state = "whole" if whole else "empty" if empty else "HALF" if files else "untouched"
+            waits = [line for line in row["said"] if "trying again in" in line]
+            yield {"name": name, "fault": words, "command": "publish", "waits": waits, "state": state, **row}
+
+
+def run_client(folder: str, repo_id: str, told: Path | None) -> None:
+    """Publish from this process to the Hub of another; with `told` the pauses are counted and the end is written."""
+    pass_local_checks()
+    if told is None:
+        say: Callable[[str], Any] = lambda line: print(line, flush=True)  # noqa: E731
+        publishing.publish(folder, repo_id, card=CARD, say=say)
+        return
+    time.sleep = count_sleep
+    said: list[str] = []
+    outcome, words = "done", ""
+    try:
+        publishing.publish(folder, repo_id, card=CARD, say=said.append)
+    except (ValueError, RuntimeError, OSError) as error:
+        outcome, words = type(error).__name__, str(error)
+    waited = round(sum(WAITED))
+    told.write_text(json.dumps({"outcome": outcome, "told": words, "said": said, "waited": waited, "hits": None}))
+
+
+def killed_upload(big: Path, files: int = 10, megabytes: int = 20) -> dict[str, Any]:
+    """Kill the upload of 200 MB after half of its ten files, then run it again; count what was sent each time."""
     slow = HUB.fault("PUT", "/_store/", delay=0.25, times=10**6)
     command = [sys.executable, __file__, "--client", str(big), "org/big"]
 
@@ -412,20 +551,26 @@ def main() -> None:
     parser.add_argument("--client", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.client:
-        pass_local_checks()
-        say: Callable[[str], Any] = lambda line: print(line, flush=True)  # noqa: E731
-        publishing.publish(given.client[0], given.client[1], card=CARD, say=say)
+        run_client(given.client[0], given.client[1], given.json)
         return
     make_model()
     said: list[str] = []
     publishing.publish(FOLDER / "export", "org/real", card=CARD, say=said.append)
     pass_local_checks()
-    killed = killed_upload() if given.kill else None
+    with_xet = find_spec("hf_xet") is not None
+    killed: dict[str, dict[str, Any]] = {}
+    if given.kill:
+        big = large_export()
+        killed["LFS"] = killed_upload(big)
+        if with_xet:
+            killed["xet"] = killed_xet_upload(big)
+    by_xet = [*xet_cases()] if with_xet else []
     time.sleep = count_sleep
-    rows = [*publish_cases(), *load_cases(), *pull_cases()]
+    rows = [*publish_cases(), *by_xet, *load_cases(), *pull_cases()]
     text = table(rows)
-    if killed:
-        text += "\n" + "\n".join(f"- {name}: {value}" for name, value in killed.items() if name != "told") + "\n"
+    for way, found in killed.items():
+        text += f"\n200 MB by {way}, killed and run again:\n\n"
+        text += "\n".join(f"- {name}: {value}" for name, value in found.items() if name != "told") + "\n"
     if given.out:
         given.out.write_text(text)
     else:

@@ -5,7 +5,8 @@
 
 Nothing is written to the Hub before every check has passed; a dry run ends there. Large files go up first and are not
 visible; the commit brings them, the card and everything else at once, or nothing. A publish that was killed is run
-again: what had arrived is not sent twice. What is sent is a copy, so a run may go on meanwhile.
+again: files that had arrived are not sent twice, unless by xet, which finds again only what a finished session sent.
+What is sent is a copy, so a run may go on meanwhile.
 """
 
 from __future__ import annotations

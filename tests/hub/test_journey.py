@@ -43,7 +43,8 @@ DatasetDict(train=crops(0, 48), test=crops(1, 12)).push_to_hub("org/pictures", n
 SMALL = ["--max-steps", "12", "--global-batch", "16", "--log-every", "4", "--save-every", "6", "--num-workers", "0"]
 TINY = ["--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2"]
 TINY_DECODER = ["--model.decoder-hidden-size", "16", "--model.decoder-num-attention-heads", "2"]
-DATA = ["--data.path", "org/pictures", "--data.num-classes", "2"]
+PRETRAIN = ["pretrain", "mae-vit-n-cifar10", "--data.path", "org/pictures", *SMALL, *TINY, *TINY_DECODER]
+PRETRAIN += ["--eval-every", "6", "--evals.train-examples", "48", "--evals.test-examples", "24"]
 TERMS = ["--license", "apache-2.0", "--data-license", "BSD-3-Clause (photographs of scikit-learn)", "--language", "en"]
 
 
@@ -85,23 +86,24 @@ class Story:
 def story(hub, tmp_path_factory, picture) -> Story:
     story = Story(hub, tmp_path_factory.mktemp("journey"), {})
     story.fresh(PUSH)
-    quiet = ["--eval-every", "6", "--evals.train-examples", "48", "--evals.test-examples", "24"]
-    story.printed["pretrain"] = story.command(
-        "pretrain", "mae-vit-n-cifar10", "--data.path", "org/pictures", "--out", "runs/mae", *SMALL, *TINY,
-        *TINY_DECODER, *quiet,
-    )  # fmt: skip
-    story.command(
-        "finetune", "finetune-small", "--init-from", "runs/mae", "--data.path", "org/pictures", "--out", "runs/tuned",
-        *SMALL, "--eval-every", "6",
+    story.printed["pretrain"] = story.command(*PRETRAIN, "--out", "runs/mae")
+
+    def publish(run: str, name: str) -> None:
+        story.printed[name] = story.command(
+            "publish", f"runs/{run}", f"org/{name}", *TERMS, "--samples", str(picture), "--checkpoint"
+        )
+
+    publish("mae", "mae-vit-t")
+    story.command(  # starts from what was published
+        "finetune", "finetune-small", "--init-from", "org/mae-vit-t", "--data.path", "org/pictures", "--out",
+        "runs/tuned", *SMALL, "--eval-every", "6", home="elsewhere",
     )  # fmt: skip
     story.command(
         "supervise", "supervise-small", "--model.architecture", "test_resnet", "--model.image-size", "32",
         "--data.path", "org/pictures", "--out", "runs/timm", *SMALL, "--eval-every", "6",
     )  # fmt: skip
-    for run, name in (("mae", "mae-vit-t"), ("tuned", "pagodas-and-flowers"), ("timm", "pagodas-and-flowers-timm")):
-        story.printed[name] = story.command(
-            "publish", f"runs/{run}", f"org/{name}", *TERMS, "--samples", str(picture), "--checkpoint"
-        )
+    publish("tuned", "pagodas-and-flowers")
+    publish("timm", "pagodas-and-flowers-timm")
     return story
 
 
@@ -157,47 +159,43 @@ def test_timm_reads_what_was_published(story):
     )
 
 
-def test_the_published_classifier_gives_the_logits_of_the_run(story, picture):
-    logits = story.fresh(
-        "import json, torch\n"
+def test_the_published_classifier_gives_the_logits_of_the_run(story):
+    printed = story.fresh(
+        "import json, sys, torch\n"
         "from transformers import AutoModelForImageClassification\n"
-        "model = AutoModelForImageClassification.from_pretrained('org/pagodas-and-flowers').double().eval()\n"
         "pixels = torch.linspace(-2, 2, 3 * 32 * 32, dtype=torch.float64).view(1, 3, 32, 32)\n"
-        "print('logits', json.dumps(model(pixels).logits[0].tolist()))\n"
+        "stock = AutoModelForImageClassification.from_pretrained('org/pagodas-and-flowers').double().eval()\n"
+        "logits = [stock(pixels).logits[0].tolist()]\n"
+        "assert 'hf_mae' not in sys.modules\n"
+        "import hf_mae\n"
+        f"ours = hf_mae.MAEForImageClassification.from_pretrained({str(_model(story, 'tuned'))!r}).double().eval()\n"
+        "print('logits', json.dumps([*logits, ours(pixels).logits[0].tolist()]))\n"
     )
-    ours = story.fresh(
-        "import json, torch, hf_mae\n"
-        f"model = hf_mae.MAEForImageClassification.from_pretrained({str(_model(story, 'tuned'))!r}).double().eval()\n"
-        "pixels = torch.linspace(-2, 2, 3 * 32 * 32, dtype=torch.float64).view(1, 3, 32, 32)\n"
-        "print('logits', json.dumps(model(pixels).logits[0].tolist()))\n"
-    )
-    ours, logits = (json.loads(text.split("logits ")[1]) for text in (ours, logits))
+    logits, ours = json.loads(printed.split("logits ")[1])
     assert logits == pytest.approx(ours, abs=1e-12)
 
 
-def test_what_was_published_is_the_start_of_the_next_run_on_the_streamed_data(story):
-    story.command(
-        "finetune", "finetune-small", "--init-from", "org/mae-vit-t", "--data.path", "org/pictures", "--out",
-        "runs/again", *SMALL, home="elsewhere",
-    )  # fmt: skip
-    again = json.loads((story.folder / "runs/again/environment.json").read_text())["starts"][0]
-    assert re.fullmatch(r"[0-9a-f]{40}", again["data"]["revision"])
-    assert (story.folder / "runs/again/checkpoints/step_00000012/model").is_dir()
+def test_a_run_that_started_from_what_was_published_recorded_its_data(story):
+    start = json.loads((story.folder / "runs/tuned/environment.json").read_text())["starts"][0]
+    assert re.fullmatch(r"[0-9a-f]{40}", start["data"]["revision"])
 
 
-def test_a_published_checkpoint_goes_on_elsewhere_with_the_same_bits(story):
+def test_pretraining_again_from_the_stream_with_an_empty_cache_gives_the_same_bits(story):
+    story.command(*PRETRAIN, "--out", "runs/again", home="empty")
+    for name in ("model/model.safetensors", "training_state/optimizer.safetensors"):
+        again, first = (_model(story, run).parent / name for run in ("again", "mae"))
+        assert again.read_bytes() == first.read_bytes(), name
+    revisions = {
+        json.loads((story.folder / "runs" / run / "environment.json").read_text())["starts"][0]["data"]["revision"]
+        for run in ("again", "mae")
+    }
+    assert len(revisions) == 1
+
+
+def test_a_published_checkpoint_is_pulled_elsewhere_and_taken_up(story):
+    """That it goes on with the same bits from the middle is tests/hub/test_pull.py's."""
     story.command("pull", "org/mae-vit-t", "runs/pulled", home="elsewhere")
-    flags = ["--max-steps", "18", *SMALL[2:], *TINY, *TINY_DECODER, "--eval-every", "6"]
-    flags += ["--evals.train-examples", "48", "--evals.test-examples", "24", "--data.path", "org/pictures"]
-    refused = subprocess.run(
-        [sys.executable, "-m", "hf_mae.cli", "pretrain", "mae-vit-n-cifar10", "--out", "runs/pulled", *flags],
-        env=story.environment("elsewhere"), cwd=story.folder, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert "max_steps was 12, is 18" in refused.stderr  # another schedule would be another run
-    finished = story.command(
-        "pretrain", "mae-vit-n-cifar10", "--data.path", "org/pictures", "--out", "runs/pulled", *SMALL, *TINY,
-        *TINY_DECODER, *flags[flags.index("--eval-every") : -2], home="elsewhere",
-    )  # fmt: skip
+    finished = story.command(*PRETRAIN, "--out", "runs/pulled", home="elsewhere")
     assert "finished" in finished
     pulled, original = (_model(story, run) / "model.safetensors" for run in ("pulled", "mae"))
     assert pulled.read_bytes() == original.read_bytes()

@@ -38,7 +38,7 @@ class CardOptions:
     """Heading of the card; None takes the name of the repository."""
     tags: tuple[str, ...] = ()
     """Further tags."""
-    samples: tuple[Path, ...] = ()
+    sample: tuple[Path, ...] = ()
     """Pictures of your own, which may be published: what the widget offers, and what is reconstructed. Without any,
     the card has none."""
     author: str | None = None

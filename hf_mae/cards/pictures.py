@@ -47,7 +47,7 @@ def copy_samples(export: Path, samples: Sequence[Path]) -> list[str]:
         ValueError: a picture cannot be read, two have the same name, or there are too many.
     """
     if len(samples) > MAX_SAMPLES:
-        raise ValueError(f"samples has {len(samples)} pictures; give at most {MAX_SAMPLES}")
+        raise ValueError(f"sample has {len(samples)} pictures; give at most {MAX_SAMPLES}")
     folder = export / "samples"
     if folder.is_dir():
         shutil.rmtree(folder)
@@ -56,12 +56,12 @@ def copy_samples(export: Path, samples: Sequence[Path]) -> list[str]:
         stem = "".join(c if c.isascii() and c.isalnum() else "_" for c in sample.stem) or "sample"
         path = f"samples/{stem}.jpg"
         if path in paths:
-            raise ValueError(f"samples has two pictures named {sample.stem}; rename one")
+            raise ValueError(f"sample has two pictures named {sample.stem}; rename one")
         try:
             with Image.open(sample) as opened:
                 picture = ImageOps.exif_transpose(opened).convert("RGB")
         except OSError as error:
-            raise ValueError(f"samples={sample} cannot be read as a picture ({error}); name another") from error
+            raise ValueError(f"sample={sample} cannot be read as a picture ({error}); name another") from error
         picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
         folder.mkdir(exist_ok=True)
         picture.save(export / path, quality=92)

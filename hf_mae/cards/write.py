@@ -73,7 +73,7 @@ def write_card(
     run = run or run_of(export)
     records = read_records(export, run, evaluations)
     terms(records, options)  # refuses before anything is written
-    samples = copy_samples(export, options.samples)
+    samples = copy_samples(export, options.sample)
     pictures = draw_pictures(records, options, samples, run)
     results = measured(records, *measured_on(records, options))
     text, printed = card_text(records, repo_id, options, results, pictures, samples)

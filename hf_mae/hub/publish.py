@@ -219,7 +219,7 @@ def _export(
     source: Path, work: Path, target: Target, weights: Any, code: bool, card: CardOptions, lock: ExitStack, say: Say
 ) -> tuple[Path | None, Path]:
     """Return the run folder, if there is one, and the export folder, which is made if need be."""
-    picture = card.samples[0] if card.samples else None
+    picture = card.sample[0] if card.sample else None
     if (source / "checkpoints").is_dir():
         lock.enter_context(_alone(source / "export"))
         say(f"exporting {source}")
@@ -264,7 +264,7 @@ def _check(folder: Path, repo_id: str, text: str, card: CardOptions, say: Say) -
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     if problems := validate_card(text, files=names):
         raise ValueError(f"the card of {repo_id} would not do: {'; '.join(problems)}")
-    picture = card.samples[0] if card.samples else None
+    picture = card.sample[0] if card.sample else None
     say("checking the folder, and running the pipeline on a picture")
     verdict = check_folder(folder, picture=picture)
     if verdict.problems:
@@ -364,7 +364,7 @@ def _try_there(text: str, repo_id: str, card: CardOptions, *, on_main: bool, say
     if not on_main:
         say("the usage lines read the branch main, so they were run on the folder only")
         return
-    picture = card.samples[0] if card.samples else None
+    picture = card.sample[0] if card.sample else None
     say("running the usage examples from the Hub, with an empty cache")
     try:
         # A client in a process of its own does not wait as we do, and it is new each time.

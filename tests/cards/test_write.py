@@ -406,7 +406,7 @@ def test_samples_lose_their_metadata_and_feed_the_widget(export: Path, run: Path
     exif = Image.Exif()
     exif[0x010E] = "taken at home"
     picture.save(tmp_path / "my owl.jpg", exif=exif)
-    text = _card(export, run, CardOptions(license="mit", samples=(tmp_path / "my owl.jpg",)))
+    text = _card(export, run, CardOptions(license="mit", sample=(tmp_path / "my owl.jpg",)))
     written = export / "samples" / "my_owl.jpg"
     assert b"taken at home" not in written.read_bytes()
     with Image.open(written) as opened:
@@ -445,7 +445,7 @@ def test_reconstruction_of_a_sample_is_drawn_from_the_export(tmp_path: Path, enc
         (export / name).write_bytes((encoder / name).read_bytes())
     Image.new("L", (20, 20), 90).save(tmp_path / "grey.png")
     text = write_card(
-        export, "org/mae", CardOptions(license="mit", samples=(tmp_path / "grey.png",)), run=None
+        export, "org/mae", CardOptions(license="mit", sample=(tmp_path / "grey.png",)), run=None
     ).read_text()
     assert "![Reconstruction" in text
     assert (export / "pictures" / "reconstruction.png").stat().st_size > 500

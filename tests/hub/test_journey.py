@@ -90,7 +90,7 @@ def story(hub, tmp_path_factory, picture) -> Story:
 
     def publish(run: str, name: str) -> None:
         story.printed[name] = story.command(
-            "publish", f"runs/{run}", f"org/{name}", *TERMS, "--samples", str(picture), "--checkpoint"
+            "publish", f"runs/{run}", f"org/{name}", *TERMS, "--sample", str(picture), "--checkpoint"
         )
 
     publish("mae", "mae-vit-t")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hf_mae import MAEConfig, MAEForImageClassification, export
-from hf_mae.cards import CardOptions, write_card
+from hf_mae.cards.options import CardOptions
+from hf_mae.cards.write import write_card
 from hf_mae.exporting.lineage import is_official, lineage, lineage_of_run
 from hf_mae.training import origins
 from hf_mae.training.origins import lineage_of, parents_of_run

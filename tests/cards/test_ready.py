@@ -6,9 +6,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCardData
 
-from hf_mae.cards import validate_card
 from hf_mae.cards.html import render_html
 from hf_mae.cards.ready import READY, official_card, repository
+from hf_mae.cards.validate import validate_card
 from hf_mae.cards.write import templates_folder
 
 

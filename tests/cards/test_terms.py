@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_mae.cards import CardOptions
+from hf_mae.cards.options import CardOptions
 from hf_mae.cards.records import read_records
 from hf_mae.cards.terms import base_model, pipeline_tag, terms
 from tests.cards.conftest import change, write_json

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_mae.cards import run_usage, usage_blocks
+from hf_mae.cards.usage import run_usage, usage_blocks
 
 CARD = """# T
 

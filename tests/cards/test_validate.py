@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCardData
 
-from hf_mae.cards import validate_card
+from hf_mae.cards.validate import validate_card
 
 HEAD = """license: mit
 library_name: transformers

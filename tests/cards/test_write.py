@@ -13,11 +13,12 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_mae.cards import CardOptions, validate_card, write_card
 from hf_mae.cards.facts import Fact, fact, maybe
+from hf_mae.cards.options import CardOptions
 from hf_mae.cards.records import count_parameters, hash_of, read_records
 from hf_mae.cards.tables import training_time
-from hf_mae.cards.write import render, templates_folder
+from hf_mae.cards.validate import validate_card
+from hf_mae.cards.write import render, templates_folder, write_card
 from tests.cards.conftest import change, recipe, write_json
 
 OPTIONS = CardOptions(license="apache-2.0", language=("en",))

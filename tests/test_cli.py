@@ -98,6 +98,13 @@ HELP = {
     "evaluate": ["--model", "--data.path"],
     "plan": ["--gpu", "--gpus", "--check", "--json", "--model.mask-ratio"],
     "reconstruct": ["MODEL", "--out", "--seed"],
+    "convert": ["SOURCE", "OUT", "--license", "--norm-pix-loss", "--num-attention-heads", "--id2label"],
+    "export": ["MODEL", "[OUT]", "--target", "--weights", "--picture", "--code", "--image-mean"],
+    "card": ["EXPORT", "ORG/NAME", "--run", "--evaluations", "--license"],
+    "publish": ["ORG/NAME", "--dry-run", "--private", "--create-pr", "--revision", "--checkpoint", "--sample"],
+    "pull": ["ORG/NAME", "OUT", "--revision"],
+    "demo": ["--reconstruct", "--classify", "--port"],
+    "space": ["OUT", "--reconstruct", "--classify", "--title"],
 }
 SWEEP_HELP = {
     "partial": ["--blocks", "--seeds", "--init-from"],

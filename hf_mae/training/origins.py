@@ -17,10 +17,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub import HfApi, hf_hub_download, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from hf_mae.models.timm_spec import timm_library
@@ -117,12 +118,18 @@ def _follow_parents(run: Path, found: list[Link]) -> None:
 
 
 def _follow_repository(repo: str, revision: str | None, found: list[Link]) -> None:
-    config = _download(repo, "config.json", revision)
-    if config is None:
-        found.append(_missing(repo))
+    try:  # asked once: a model that is in the cache may be used without a network
+        info = patient(f"looking at {repo}", lambda: HfApi().model_info(repo, revision=revision), tries=2)
+    except (HfHubHTTPError, HFValidationError, OSError, GaveUpError):
+        config = _cached(repo, "config.json", revision)
+        if config is None:
+            found.append(_missing(repo))
+        else:
+            commit = config.parent.name  # the cache names a snapshot after its commit
+            _add_described(repo, "hub", lambda file: _cached(repo, file, commit), found, revision=commit)
         return
-    commit = config.parent.name  # the cache names a snapshot after its commit
-    _add_described(repo, "hub", lambda file: _download(repo, file, commit), found, revision=commit)
+    sha, names = str(info.sha), {file.rfilename for file in info.siblings or []}
+    _add_described(repo, "hub", lambda file: _download(repo, file, sha) if file in names else None, found, revision=sha)
 
 
 def _add_described(
@@ -172,11 +179,17 @@ def _repository(name: str) -> str | None:
 
 
 def _download(repo: str, file: str, revision: str | None) -> Path | None:
-    """Return a file of a repository, None where it has none or cannot be asked."""
+    """Return a file of a repository, None where it does not arrive."""
     try:
-        return Path(patient(f"reading {file} of {repo}", lambda: hf_hub_download(repo, file, revision=revision)))
+        download = partial(hf_hub_download, repo, file, revision=revision)
+        return Path(patient(f"reading {file} of {repo}", download, tries=2))  # the client tries six times each
     except (HfHubHTTPError, HFValidationError, OSError, GaveUpError):
         return None
+
+
+def _cached(repo: str, file: str, revision: str | None) -> Path | None:
+    path = try_to_load_from_cache(repo, file, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _license_of_card(path: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,7 +31,21 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise FileNotFoundError(path)
         return str(path)
 
+    class Api:
+        def model_info(self, repo: str, *, revision: str | None = None) -> SimpleNamespace:
+            folder = tmp_path / "hub" / repo / COMMIT
+            if (tmp_path / "hub" / "down").exists() or not folder.is_dir() or revision not in (None, COMMIT):
+                raise ConnectionError("no such repository, or nobody answers")
+            return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=f.name) for f in folder.iterdir()])
+
+    def cached(repo: str, file: str, *, revision: str | None = None) -> str | None:
+        path = tmp_path / "hub" / repo / COMMIT / file
+        return str(path) if path.is_file() else None
+
+    monkeypatch.setattr(origins, "HfApi", Api)
     monkeypatch.setattr(origins, "hf_hub_download", download)
+    monkeypatch.setattr(origins, "try_to_load_from_cache", cached)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     return tmp_path / "hub"
 
 
@@ -99,6 +114,14 @@ def test_weights_of_timm_are_under_what_timm_records(hub: Path, prefix: str):
     (link,) = lineage_of(f"{prefix}convnextv2_base.fcmae_ft_in1k")
     assert (link["name"], link["license"]) == ("timm/convnextv2_base.fcmae_ft_in1k", "cc-by-nc-4.0")
     assert link["revision"] == COMMIT
+
+
+def test_model_in_the_cache_is_described_from_there_when_nobody_answers(hub: Path):
+    _repository(hub, "ada/base", README_md="---\nlicense: mit\n---\n")
+    (hub / "down").touch()
+    assert lineage_of("ada/base") == [
+        {"name": "ada/base", "kind": "hub", "license": "mit", "source": "its card", "revision": COMMIT}
+    ]
 
 
 def test_name_that_the_hub_does_not_know_is_a_missing_path(hub: Path):

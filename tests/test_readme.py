@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_mae.cli import parse_recipe, parse_sweep
+from hf_mae.cli import main, parse_recipe, parse_sweep
 from hf_mae.recipes.checks import check
 from hf_mae.recipes.classification import check_classifier
 from hf_mae.recipes.evaluation import EVALUATIONS, Evaluation
@@ -59,6 +59,17 @@ def test_every_command_is_understood(line):
     else:
         presets = {"finetune": FINETUNE, "probe": PROBE}[command]
         check_classifier(parse_recipe(presets, arguments, default=next(iter(presets))))
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^hf-mae (?:convert|export|card|publish|pull|demo|space) .*", README, re.M)
+)
+def test_every_command_to_the_hub_takes_its_flags(line, capsys):
+    command, *words = shlex.split(line.split("#")[0])[1:]
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert [word for word in words if word.startswith("--") and word not in text] == []
 
 
 @pytest.mark.parametrize("name", re.findall(r"`hf-mae evaluate (.*?)\|", README)[0].replace("`", "").split(", "))

@@ -27,6 +27,7 @@ COMMANDS = [
     and "--help" not in line
     and "--list" not in line
 ]
+TO_THE_HUB = re.findall(r"^hf-mae (?:convert|export|card|publish|pull|demo|space) .*", README, re.MULTILINE)
 FLAGS = re.findall(r"`(--(?:model|augment|data|engine|optim|loss)\.[^`]*)`", README)
 
 
@@ -61,7 +62,7 @@ def test_every_command_is_understood(line):
         check_classifier(parse_recipe(presets, arguments, default=next(iter(presets))))
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize("line", TO_THE_HUB)
     "line", re.findall(r"^hf-mae (?:convert|export|card|publish|pull|demo|space) .*", README, re.M)
 )
 def test_every_command_to_the_hub_takes_its_flags(line, capsys):
@@ -91,4 +92,5 @@ def test_every_flag_in_the_text_exists(flags):
 
 def test_there_is_something_to_check():
     assert len(COMMANDS) >= 4
+    assert len(TO_THE_HUB) >= 9
     assert len(FLAGS) >= 8

@@ -63,8 +63,6 @@ def test_every_command_is_understood(line):
 
 
 @pytest.mark.parametrize("line", TO_THE_HUB)
-    "line", re.findall(r"^hf-mae (?:convert|export|card|publish|pull|demo|space) .*", README, re.M)
-)
 def test_every_command_to_the_hub_takes_its_flags(line, capsys):
     command, *words = shlex.split(line.split("#")[0])[1:]
     with pytest.raises(SystemExit):

@@ -3,7 +3,8 @@
 A lineage is a list of links, the nearest first. A link is a mapping of
 
     name      a Hub id, the name of a run, or the last part of a path
-    kind      `run` (one of ours), `hub`, `conversion`, `export`, `folder`, `file`, or `missing` (nothing is there now)
+    kind      `run` (one of ours, or an export of one whose terms nobody has said yet), `hub`, `conversion`, `export`,
+              `folder`, `file`, or `missing` (nothing is there now, or nobody answered)
     license   as the Hub writes it, None where nobody says
     source    where that was read, in words
     revision  of kind `hub`: the commit; only with one is a name taken for a repository later
@@ -31,6 +32,9 @@ Link = dict[str, Any]
 
 MAX_LINKS = 16
 """Models that a model may come from, one after another."""
+RUNS = frozenset({"pretrain", "finetune", "probe", "supervise"})
+"""What `source.kind` of export.json says of exports of runs."""
+TIMM_SAYS = "timm's record of the weights"
 
 
 def lineage_of(name: str) -> list[Link]:
@@ -68,8 +72,12 @@ def parents_of_run(run: Path) -> list[Link]:
 
 
 def timm_license(name: str) -> str | None:
-    """Return the licence that timm records of weights (`hf-hub:timm/NAME.TAG`, `timm/NAME.TAG`, `NAME.TAG`)."""
-    plain = plain_name(name).removeprefix("timm/")
+    """Return the licence that timm records of weights.
+
+    Args:
+        name: `hf-hub:timm/NAME.TAG`, `timm/NAME.TAG`, `NAME.TAG`, or `NAME` for timm's default weights of it.
+    """
+    plain = _with_tag(plain_name(name)).removeprefix("timm/")
     if "/" in plain or "." not in plain or not timm_library().is_model(plain.partition(".")[0]):
         return None
     known = timm_library().models.get_pretrained_cfg(plain, allow_unregistered=False) if _is_listed(plain) else None
@@ -79,6 +87,14 @@ def timm_license(name: str) -> str | None:
 def plain_name(name: str) -> str:
     """Return a Hub id without the prefix of timm's and without a revision."""
     return name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")[0]
+
+
+def _with_tag(name: str) -> str:
+    """Return an architecture of timm's (`resnet50`) with the tag of the weights that timm loads for it."""
+    if "/" in name or "." in name or not timm_library().is_model(name):
+        return name
+    known = timm_library().models.get_pretrained_cfg(name, allow_unregistered=False)
+    return f"{name}.{known.tag}" if known is not None and known.tag else name
 
 
 def _is_listed(name: str) -> bool:
@@ -129,13 +145,25 @@ def _follow_repository(repo: str, revision: str | None, found: list[Link]) -> No
             _add_described(repo, "hub", lambda file: _cached(repo, file, commit), found, revision=commit)
         return
     sha, names = str(info.sha), {file.rfilename for file in info.siblings or []}
-    _add_described(repo, "hub", lambda file: _download(repo, file, sha) if file in names else None, found, revision=sha)
+    here: list[Link] = []
+    try:
+        _add_described(
+            repo, "hub", lambda file: _download(repo, file, sha) if file in names else None, here, revision=sha
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, GaveUpError):  # it is there, and may say what binds
+        known = timm_license(repo) or ""
+        here = [_link(repo, "hub", *((known, TIMM_SAYS) if "-nc" in known else ()), revision=sha)]
+    found += here
 
 
 def _add_described(
     name: str, kind: str, file: Callable[[str], Path | None], found: list[Link], *, revision: str | None = None
 ) -> None:
-    """Add a model folder, here or on the Hub, by its own records: export.json, conversion.json, its card."""
+    """Add a model folder, here or on the Hub, by its own records: export.json, conversion.json, its card.
+
+    Raises:
+        OSError, HfHubHTTPError, HFValidationError, GaveUpError: as `file` does.
+    """
     export, conversion = _read(file("export.json")), _read(file("conversion.json"))
     said: list[tuple[str | None, str]] = []
     if conversion:
@@ -146,11 +174,15 @@ def _add_described(
     if (card := file("README.md")) is not None:
         said.append((_license_of_card(card), "its card"))
     if kind == "hub":
-        said.append((timm_license(name), "timm's record of the weights"))
+        said.append((timm_license(name), TIMM_SAYS))
     known = [(license_id, where) for license_id, where in said if license_id]
     # The strictest of them.
     license_id, where = next((one for one in known if "-nc" in one[0]), known[0] if known else (None, ""))
-    found.append(_link(name, kind, license_id, where, revision=revision))
+    source = export.get("source") or {}
+    if kind == "export" and not known and source.get("kind") in RUNS:
+        found.append(_link(str(source["name"]), "run", recipe=source.get("run")))  # on this machine: one's own
+    else:
+        found.append(_link(name, kind, license_id, where, revision=revision))
     if conversion.get("source"):
         found.append(_link(str(conversion["source"]), "conversion", conversion.get("license"), "its conversion.json"))
     found += export.get("lineage") or []
@@ -159,9 +191,10 @@ def _add_described(
 def _missing(name: str) -> Link:
     """Return the link of what is not there, or not known to be a repository: the last part of its name."""
     plain = plain_name(name)
-    license_id = timm_license(plain) if re.fullmatch(r"(?:timm/)?[\w.-]+", plain) else None
+    # Without a tag it may as well be a folder.
+    license_id = timm_license(plain) if re.fullmatch(r"(?:timm/)?[\w-]+\.[\w.-]+", plain) else None
     shown = plain if license_id or re.match(r"(?:timm|facebook)/[\w.-]+$", plain) else re.split(r"[\\/]", plain)[-1]
-    return _link(shown or plain, "missing", license_id, "timm's record of the weights" if license_id else "")
+    return _link(shown or plain, "missing", license_id, TIMM_SAYS if license_id else "")
 
 
 def _link(name: str, kind: str, license_id: str | None = None, source: str = "", **more: str | None) -> Link:
@@ -175,20 +208,20 @@ def _repository(name: str) -> str | None:
     plain = plain_name(name)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", plain) and not name.startswith(("runs/", ".", "~")):
         return plain
-    return f"timm/{plain}" if "/" not in plain and "." in plain and timm_license(plain) else None
+    tagged = _with_tag(plain)
+    return f"timm/{tagged}" if "/" not in plain and "." in tagged and timm_license(tagged) else None
 
 
-def _download(repo: str, file: str, revision: str | None) -> Path | None:
-    """Return a file of a repository, None where it does not arrive."""
-    try:
-        download = partial(hf_hub_download, repo, file, revision=revision)
-        return Path(patient(f"reading {file} of {repo}", download, tries=2))  # the client tries six times each
-    except (HfHubHTTPError, HFValidationError, OSError, GaveUpError):
-        return None
+def _download(repo: str, file: str, revision: str | None) -> Path:
+    download = partial(hf_hub_download, repo, file, revision=revision)
+    return Path(patient(f"reading {file} of {repo}", download, tries=2))  # the client tries six times each
 
 
 def _cached(repo: str, file: str, revision: str | None) -> Path | None:
-    path = try_to_load_from_cache(repo, file, revision=revision)
+    try:
+        path = try_to_load_from_cache(repo, file, revision=revision)
+    except HFValidationError:  # it has the form of a Hub id, and is none: two dots, too long
+        return None
     return Path(path) if isinstance(path, str) else None
 
 

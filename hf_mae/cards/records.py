@@ -10,13 +10,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from hf_mae.cards.vocabulary import is_hub_id
-from hf_mae.exporting.lineage import is_official, lineage_of_run, with_official_terms
-from hf_mae.exporting.official import LICENSE
+from hf_mae.exporting.files import hash_weights
+from hf_mae.exporting.lineage import with_official_terms
 from hf_mae.training.monitors import read_rows
 
 
@@ -87,23 +86,17 @@ class Records:
     @property
     def classifies(self) -> bool:
         """Whether it gives scores of classes."""
-        said = self.export.get("classifies")
-        if said is None:  # exports of before
-            return self.export["task"] == "image-classification" or self.export["class"].endswith("Classification")
-        return bool(said)
+        return self.export["classifies"]
 
     @property
-    def channels(self) -> int | None:
-        """Colour channels of the input, None where nobody says."""
-        cfg = self.config.get("pretrained_cfg") or {}
-        size = cfg.get("input_size") or (None,)
-        return self.export.get("channels") or self.config.get("num_channels") or size[0]
+    def channels(self) -> int:
+        """Colour channels of the input."""
+        return self.export["channels"]
 
     @property
     def asks_each_class(self) -> bool:
         """Whether each score is the answer to a question of its own (binary cross-entropy), to be read by a sigmoid."""
-        kind = self.export.get("problem_type") or self.config.get("problem_type")
-        return kind == "multi_label_classification"
+        return self.export["problem_type"] == "multi_label_classification"
 
     @property
     def dataset_id(self) -> str | None:
@@ -113,7 +106,7 @@ class Records:
         return path if found and is_hub_id(path) else None
 
 
-def run_of(export: Path) -> Path | None:
+def run_of_export(export: Path) -> Path | None:
     """Return the run folder that an export lies in (RUN/export/TARGET), None if it lies elsewhere."""
     run = export.absolute().parent.parent
     return run if export.absolute().parent.name == "export" and (run / "recipe.json").is_file() else None
@@ -137,7 +130,6 @@ def read_records(export: Path, run: Path | None = None, evaluations: Sequence[Pa
         raise ValueError(f"{export / 'export.json'} has format={told.get('format')!r}, not 1; export again")
     config = _read(export / "config.json")
     found: dict[str, Any] = {}
-    links = told.get("lineage")
     if run is not None:
         environment = _read(run / "environment.json")
         found = {
@@ -148,18 +140,15 @@ def read_records(export: Path, run: Path | None = None, evaluations: Sequence[Pa
             "best": _read(run / "best" / "best.json"),
         }
         _check_belongs(told, run, found)
-        if links is None:
-            links = lineage_of_run(run)
-    conversion = _read(export / "conversion.json") or (_read(run / "conversion.json") if run is not None else {})
     return Records(
         folder=export,
         export=told,
         config=config,
         preprocessing=_read(export / "preprocessor_config.json") or config.get("pretrained_cfg", {}),
         parameters=count_parameters(export),
-        conversion=conversion,
+        conversion=_read(export / "conversion.json"),
         evaluated=tuple(_evaluated(path, told["source"], run) for path in evaluations),
-        ancestors=tuple(_ancestor(link) for link in with_official_terms([*_own(told), *(links or [])])),
+        ancestors=tuple(_ancestor(link) for link in with_official_terms(told["lineage"])),
         **found,
     )
 
@@ -199,7 +188,7 @@ def _evaluated(path: Path, source: Mapping[str, Any], run: Path | None) -> Evalu
 
 def _is_of(model: str, source: Mapping[str, Any], run: Path | None) -> bool:
     """Return whether an evaluated model is the exported one: by the hash of its weights, else by its place."""
-    found = hash_of(Path(model).expanduser())
+    found = hash_weights(Path(model).expanduser())
     if found is not None and source.get("sha256"):
         return found == source["sha256"]
     return run is not None and Path(model).as_posix().endswith(f"{run.name}/{_place(source)}")
@@ -209,16 +198,6 @@ def _place(source: Mapping[str, Any]) -> str:
     """Return where in its run the exported model lies."""
     step = f"checkpoints/step_{source.get('step') or 0:08d}"
     return {"best": "best/model", "average": f"{step}/model_ema"}.get(source["weights"], f"{step}/model")
-
-
-def hash_of(folder: Path) -> str | None:
-    """Return the SHA-256 of the weights of a model folder, of all files in order; None if there are none."""
-    digest, files = sha256(), sorted(folder.glob("model*.safetensors"))
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() if files else None
 
 
 def _check_belongs(told: Mapping[str, Any], run: Path, found: Mapping[str, Any]) -> None:
@@ -236,7 +215,7 @@ def _check_belongs(told: Mapping[str, Any], run: Path, found: Mapping[str, Any])
         raise ValueError(
             f"run={run} has recipe {found['recipe'].get('name')!r}, and the export is {made_from}; {remedy}"
         )
-    there = hash_of(run / _place(source))
+    there = hash_weights(run / _place(source))
     if there is not None and source.get("sha256"):
         if there != source["sha256"]:
             raise ValueError(
@@ -252,14 +231,6 @@ def _check_belongs(told: Mapping[str, Any], run: Path, found: Mapping[str, Any])
             f"run={run} no longer holds the exported weights ({_place(source)}), and is not the run that the export "
             f"names ({source['name']}, step {source['step']}, {told.get('time')}); {remedy}"
         )
-
-
-def _own(told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a link for the exported weights themselves where their name says whose they are; exports of before."""
-    name = str(told["source"].get("name") or "")
-    if "lineage" in told or told["source"]["kind"] not in ("model", "conversion") or not is_official(name):
-        return []
-    return [{"name": name, "kind": "missing", "license": LICENSE, "source": ""}]
 
 
 def _ancestor(link: Mapping[str, Any]) -> Ancestor:

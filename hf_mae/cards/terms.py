@@ -11,9 +11,10 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from hf_mae.cards.options import CardOptions
+from hf_mae.cards.private import last_part
 from hf_mae.cards.records import Records
 from hf_mae.cards.results import Result, comparable
-from hf_mae.cards.vocabulary import LICENSES, is_noncommercial
+from hf_mae.cards.vocabulary import LICENSE_NAME, LICENSES, is_noncommercial
 from hf_mae.exporting.lineage import OFFICIAL_TERMS, is_official
 from hf_mae.exporting.official import LICENSE
 
@@ -56,9 +57,9 @@ def terms(records: Records, options: CardOptions) -> Terms:
     spoken_for = {"run", "conversion"} if records.conversion else {"run"}
     unknown = next((a for a in records.ancestors if not a.license and a.kind not in spoken_for), None)
     if unknown is not None and options.base_license is None and not any(is_noncommercial(x) for x, _ in inherited):
-        gone = ", which is no longer where training found it" if unknown.kind == "missing" else ""
+        gone = ", which is not there, or could not be asked, and" if unknown.kind == "missing" else ","
         raise ValueError(
-            f"license is not known: the weights derive from {unknown.name}{gone}, whose terms are on no record; look "
+            f"license is not known: the weights derive from {unknown.name}{gone} whose terms are on no record; look "
             "them up and say --base-license NAME (non-commercial terms bind what derives from them)"
         )
     bound = next(((name, where) for name, where in inherited if is_noncommercial(name)), None)
@@ -67,6 +68,10 @@ def terms(records: Records, options: CardOptions) -> Terms:
         raise ValueError(f"license={chosen!r} is not one of the Hub's names; {_NAMES_OF_THE_HUB}")
     if chosen == "other" and not (options.license_name and options.license_link):
         raise ValueError("license=other needs license_name and license_link; add --license-name and --license-link")
+    if options.license_name is not None and not re.fullmatch(LICENSE_NAME, options.license_name):
+        raise ValueError(
+            f"license_name={options.license_name!r} is not of lower-case letters, digits, dots and hyphens; write it so"
+        )
     if bound is not None and chosen is not None and not is_noncommercial(chosen):
         raise ValueError(
             f"license={chosen} cannot be given to weights that derive from weights under {bound[0]} ({bound[1]}): "
@@ -86,29 +91,28 @@ def data_name(records: Records, options: CardOptions) -> tuple[str, str | None]:
     dataset_id = options.datasets[0] if options.datasets else records.dataset_id
     if options.data_name:
         return options.data_name, dataset_id
-    return _last_part(dataset_id or _path(records)) or "data", dataset_id
+    return last_part(dataset_id or _path(records)) or "data", dataset_id
 
 
 def measured_on(records: Records, options: CardOptions) -> tuple[str, str | None]:
     """Return the name of the data that the run measured on, which is not that of a part of it, and its Hub id."""
     dataset_id = options.datasets[0] if options.datasets else records.dataset_id
-    return options.test_name or _last_part(dataset_id or _path(records)) or "data", dataset_id
+    return options.test_name or last_part(dataset_id or _path(records)) or "data", dataset_id
 
 
 def _path(records: Records) -> str:
     return str(records.recipe.get("data", {}).get("path") or "")
 
 
-def _last_part(path: str) -> str:
-    return re.split(r"[\\/]", path.rstrip("/\\"))[-1]
+def base_model(records: Records, repo_id: str, options: CardOptions) -> str | None:
+    """Return the Hub id of what the weights derive from, None if that is not on the Hub.
 
-
-def base_model(records: Records, options: CardOptions) -> str | None:
-    """Return the Hub id of what the weights derive from, None if that is not on the Hub."""
+    It is none of the repository itself either, where its weights were trained further or written in another format:
+    the Hub takes no model for its own base.
+    """
     nearest = records.ancestors[0] if records.ancestors else None
-    if nearest is not None and nearest.is_hub:
-        return nearest.name
-    return options.base_model
+    name = nearest.name if nearest is not None and nearest.is_hub else options.base_model
+    return None if name == repo_id else name
 
 
 def pipeline_tag(records: Records) -> str | None:
@@ -128,7 +132,7 @@ def metadata(
         results: measured numbers; those of a data set go into the model index.
         samples: paths of pictures in the repository.
     """
-    licence, base = terms(records, options), base_model(records, options)
+    licence, base = terms(records, options), base_model(records, repo_id, options)
     dataset_id = data_name(records, options)[1]
     extra: dict[str, Any] = {}
     if licence.license == "other":

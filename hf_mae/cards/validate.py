@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hf_mae.cards.usage import usage_blocks
-from hf_mae.cards.vocabulary import LIBRARY_TASKS, LICENSES, PIPELINE_TAGS, is_hub_id, is_language
+from hf_mae.cards.vocabulary import LIBRARY_TASKS, LICENSE_NAME, LICENSES, PIPELINE_TAGS, is_hub_id, is_language
 
 _PLACEHOLDERS = (
     (re.compile(r"\[More Information Needed\]", re.IGNORECASE), "[More Information Needed]"),
@@ -83,7 +83,7 @@ def _terms(data: dict[str, Any], files: set[str]) -> Iterator[str]:
         yield f"license={license_id!r} is not one of the Hub's names; see huggingface.co/docs/hub/repositories-licenses"
     elif license_id == "other" and not (name and (link or "LICENSE" in files)):
         yield "license=other needs license_name, and license_link or a LICENSE file; add them"
-    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[a-z0-9-.]+", name)):
+    if name is not None and not (isinstance(name, str) and re.fullmatch(LICENSE_NAME, name)):
         yield f"license_name={name!r} is not of lower-case letters, digits, dots and hyphens; write it so"
     if link is not None and not (isinstance(link, str) and (link.startswith("https://") or link in files)):
         yield f"license_link={link!r} is neither an address (https://) nor a file of the repository"

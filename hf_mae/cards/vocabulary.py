@@ -66,6 +66,9 @@ te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh
 
 LANGUAGES = frozenset(_LANGUAGES.split())
 
+LICENSE_NAME = r"[a-z0-9.-]+"
+"""Pattern of `license_name`, the Hub's."""
+
 
 def is_noncommercial(license_id: str) -> bool:
     """Return whether a licence of the Hub forbids commercial use."""

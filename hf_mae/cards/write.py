@@ -18,7 +18,7 @@ from hf_mae.cards.facts import NOT_MEASURED, Fact, maybe
 from hf_mae.cards.options import CardOptions
 from hf_mae.cards.pictures import Picture, copy_samples, draw_pictures
 from hf_mae.cards.private import published
-from hf_mae.cards.records import Records, read_records, run_of
+from hf_mae.cards.records import Records, read_records, run_of_export
 from hf_mae.cards.results import Result, evaluations_before_best, measured, weights_words
 from hf_mae.cards.tables import (
     architecture_table,
@@ -39,7 +39,7 @@ _KINDS = {
     "export": ", an export on the author's machine",
     "folder": ", a model folder on the author's machine",
     "file": ", a file of weights",
-    "missing": ", which is no longer where training found it",
+    "missing": ", which was not there, or could not be asked",
 }
 """What an ancestor is that has no page of its own, by its kind."""
 DENSE_TASKS = frozenset({"object-detection", "image-segmentation"})
@@ -70,7 +70,7 @@ def write_card(
     if not is_hub_id(repo_id):
         raise ValueError(f"repo_id={repo_id!r} is not of the form ORG/NAME; name the repository it will be")
     _check_one_line(options)
-    run = run or run_of(export)
+    run = run or run_of_export(export)
     records = read_records(export, run, evaluations)
     terms(records, options)  # refuses before anything is written
     samples = copy_samples(export, options.sample)
@@ -225,8 +225,9 @@ def _context(
         "licence": licence,
         "license_name": options.license_name or "",
         "license_link": options.license_link or "",
-        "base_model": base_model(records, options) or "",
+        "base_model": base_model(records, repo_id, options) or "",
         "ancestors": records.ancestors,
+        "derived": _derived(records),
         "words": _KINDS,
         "conversion": bool(records.conversion),
         "converted_from": records.conversion.get("source") or "",
@@ -261,6 +262,15 @@ def _context(
         "citations": citations(records),
         "not_measured": NOT_MEASURED,
     }
+
+
+def _derived(records: Records) -> str:
+    """Return what the weights are to the first of their ancestors."""
+    source = records.source
+    if source["kind"] not in ("model", "conversion"):
+        return "These weights were trained from"
+    # An object in memory has no file to be hashed, and nobody knows what was done to it.
+    return "These weights are those of" if source["sha256"] else "These weights come from"
 
 
 def _paper(known: Mapping[str, Any]) -> list[tuple[str, Fact]]:

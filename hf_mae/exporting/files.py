@@ -20,6 +20,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
 
 
+def hash_weights(folder: Path) -> str | None:
+    """Return the SHA-256 of the weights of a model folder, of all files in order; None if there are none."""
+    files = weight_files(folder)
+    return hash_files(files)[1] if files else None
+
+
 def hash_files(files: Iterable[Path]) -> tuple[str, str]:
     """Return MD5, by which the authors name their files, and SHA-256, of the bytes of all files in order."""
     md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()

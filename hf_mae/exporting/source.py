@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
-from hf_mae.exporting.files import hash_files, weight_files
+from hf_mae.exporting.files import hash_files, hash_weights
 from hf_mae.exporting.labels import check_names, timm_names
 from hf_mae.exporting.processor import Say, check_channels, check_statistics, read_processor
 from hf_mae.models.configuration_mae import MAEConfig, height_width
@@ -23,6 +23,7 @@ from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTraine
 from hf_mae.models.timm_models import load
 from hf_mae.models.timm_spec import TimmSpec
 from hf_mae.run import model_folder
+from hf_mae.training.origins import run_of
 
 Target = Literal["auto", "vit_mae", "vit", "beit", "timm", "onnx", "hf_mae"]
 Weights = Literal["last", "best", "average"]
@@ -189,7 +190,7 @@ def _of_name(name: str, weights: Weights, processor: Mapping[str, Any] | None, s
         return _of_timm(name, Origin(name.partition(":")[2] or name), None, processor)
     folder: Path | str = _weights_folder(path, weights) if run is not None else model_folder(name, field="model")
     origin, recipe = _origin(name, path, folder, weights)
-    run = run or _run_of(folder)
+    run = run or _run_of_weights(folder)
     config = json.loads(_file(folder, "config.json").read_text())
     if {"architecture", "pretrained_cfg"} <= config.keys():
         return _of_timm(folder, origin, run, processor)
@@ -272,7 +273,7 @@ def _weights_folder(run: Path, weights: Weights) -> Path:
 
 def _origin(name: str, path: Path, folder: Path | str, weights: Weights) -> tuple[Origin, dict[str, Any]]:
     """Return where a model comes from, and the recipe of its run, empty if there is none."""
-    run, recipe = _run_of(folder), {}
+    run, recipe = _run_of_weights(folder), {}
     kind, step, title = "model", None, path.name if path.exists() else name
     if run is not None:
         recipe = json.loads((run / "recipe.json").read_text())
@@ -286,13 +287,8 @@ def _origin(name: str, path: Path, folder: Path | str, weights: Weights) -> tupl
     return Origin(title, recipe.get("name"), kind, weights, step, _sha256(folder)), recipe
 
 
-def _run_of(folder: Path | str) -> Path | None:
-    """Return the run folder that RUN/best/model and RUN/checkpoints/step_N/model lie in."""
-    place = Path(folder).resolve()
-    if not place.is_dir() or place.name not in ("model", "model_ema"):
-        return None
-    run = place.parents[1] if place.parent.name == "best" else place.parents[2]
-    return run if (run / "recipe.json").is_file() else None
+def _run_of_weights(folder: Path | str) -> Path | None:
+    return run_of(folder) if isinstance(folder, Path) else None  # a Hub id may be the name of a folder as well
 
 
 def _kind(recipe: Mapping[str, Any]) -> str:
@@ -316,11 +312,9 @@ def _read_optional(folder: Path | str, name: str) -> str | None:
 
 def _sha256(folder: Path | str) -> str | None:
     if isinstance(folder, Path):
-        files = weight_files(folder)
-    else:
-        whole = cached_file(folder, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-        files = [] if whole is None else [Path(whole)]
-    return hash_files(files)[1] if files else None
+        return hash_weights(folder)
+    whole = cached_file(folder, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    return None if whole is None else hash_files([Path(whole)])[1]
 
 
 # ------------------------------------------------------------------------------------------------ checks

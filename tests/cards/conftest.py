@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hf_mae.exporting.lineage import lineage
+
 CLASSES = ["cat", "dog", "owl"]
 EVALUATION = {
     "step": 30,
@@ -122,6 +124,10 @@ def export(tmp_path: Path) -> Path:
             "class": "BeitForImageClassification",
             "library": "transformers",
             "task": "image-classification",
+            "classifies": True,
+            "channels": 3,
+            "problem_type": "single_label_classification",
+            "lineage": [],
             "source": {
                 "name": "animals",
                 "run": "finetune-small",
@@ -139,6 +145,12 @@ def export(tmp_path: Path) -> Path:
         },
     )
     return folder
+
+
+def derive(export: Path, run: Path, init_from: str) -> None:
+    """Let the run have started from a model, and the export been made since."""
+    change(run / "recipe.json", init_from=init_from)
+    change(export / "export.json", lineage=lineage(run))
 
 
 def change(path: Path, **changed: Any) -> None:

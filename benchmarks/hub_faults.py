@@ -295,12 +295,9 @@ def load_cases() -> Iterator[dict[str, Any]]:
         return lambda repo_id, say: load(repo_id, say, name=name, **more)
 
     ours = "/org/ours/"
-    retry = {"Retry-After": "1"}
     yield row("load", "none")
     yield row("load-get", "GET of the weights: 503, three times", fault("GET", "/_store/get", status=503, times=3))
     yield row("load-small", "GET of config.json: 503, twice", fault("GET", f"{ours}.*config.json", status=503, times=2))
-    yield row("load-info", "model_info: 429, twice",
-              fault("GET", "/api/models/org/ours", status=429, times=2, headers=retry))  # fmt: skip
     yield row("load-head", "HEAD: 503, eight times", fault("HEAD", "/resolve/", status=503, times=8))
     yield row("load-cut", "GET of the weights: cut", fault("GET", "/_store/get", cut=2000, times=2))
     yield row("load-never", "GET of the weights: 503 for ever", fault("GET", "/_store/get", status=503, times=10**6))

@@ -267,8 +267,8 @@ def explain(error: BaseException, *, repo_id: str, what: str) -> ValueError | Ru
         )
     if status == 403:
         return ValueError(
-            f"{what}: the token may not do this in {repo_id} ({_told(chain)}); use a token with the role write of a "
-            "member of the organisation, or propose it with --create-pr"
+            f"{what}: the token may not do this in {repo_id} ({_told(chain)}); use a token of a member of the "
+            "organisation, with the role write if something is to be written (or propose it with --create-pr)"
         )
     if status in (409, 412):
         return RuntimeError(

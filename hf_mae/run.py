@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
@@ -383,14 +383,14 @@ def model_folder(name: str, *, field: str) -> Path | str:
             f"{field}={name} does not exist; name a run folder, a model folder, an official .pth file or a Hub id "
             f"(ORG/NAME){first}"
         )
-    before = try_to_load_from_cache(name, "config.json")
     try:
+        before = try_to_load_from_cache(name, "config.json")
         what = f"opening {name} on the Hub"
         found = patient(what, lambda: cached_file(name, "config.json"), passing=is_worth_opening_again)
         if found != before:  # a model that was opened before opens without the Hub
             _cache_processor(name)
-    except (OSError, HTTP_ERROR, GaveUpError) as error:
-        said = str(error).strip() if isinstance(error, OSError) else ""
+    except (OSError, HTTP_ERROR, GaveUpError, HFValidationError) as error:
+        said = str(error).strip() if isinstance(error, (OSError, HFValidationError)) else ""
         why = said.splitlines()[0].rstrip(".") if said else one_line(error)
         raise ValueError(
             f"{field}={name} is no path on this machine and cannot be opened as a Hub id ({why}); check the spelling "

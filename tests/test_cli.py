@@ -86,6 +86,13 @@ def test_a_misspelt_hub_id_ends_with_one_sentence(arguments, field, capsys, tmp_
     assert f"{field}=no-such/model is no path on this machine and cannot be opened as a Hub id" in said
 
 
+def test_a_name_that_the_hub_forbids_ends_with_the_same_sentence(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "finetune-digits", "--init-from", "my dir/encoder", "--data.path", "digits"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "init_from=my dir/encoder is no path on this machine and cannot be opened as a Hub id" in said
+
+
 HELP = {
     "pretrain": ["--data.path", "--model.mask-ratio", "--optim.base-lr", "--engine.precision"],
     "finetune": ["--init-from", "--trainable-blocks", "--augment.mixup", "--evals.split"],

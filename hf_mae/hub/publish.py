@@ -196,7 +196,10 @@ def _disk_explained(repo_id: str, what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise explain(error, repo_id=repo_id, what=what) from error
+        raise RuntimeError(
+            f"{what}: the disk is full: {error}; files are copied to {tempfile.gettempdir()} before they are sent "
+            "(TMPDIR moves that); free some space there or beside the run, then run the same command again"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ before any request
@@ -225,6 +228,12 @@ def _export(
         say(f"exporting {source}")
         return source, export(source, None, target, weights=weights, picture=picture, code=code, say=say)
     if (source / RECORD).is_file():
+        made = json.loads((source / RECORD).read_text())["target"]
+        if weights != "last" or code or target not in ("auto", made):
+            raise ValueError(
+                f"{source} is an export already, to {made}: target, weights and code were chosen when it was made; "
+                "name its run to export anew"
+            )
         above = source.absolute().parent.parent
         run = above if (above / "recipe.json").is_file() else None
         lock.enter_context(_alone(source if run is None else source.absolute().parent))
@@ -298,7 +307,7 @@ def _check_there(
 ) -> None:
     """Refuse what would leave a repository that does not work, or undo someone's work unasked."""
     edited = [row.path for row in rows if row.state == "edited"]
-    if edited and not overwrite_edits:
+    if edited and not overwrite_edits and not create_pr:  # a pull request undoes nothing by itself
         raise ValueError(
             f"{repo_id}: {', '.join(edited[:5])} changed on the Hub since it was published from here, and this would "
             "undo it; keep what was written there by publishing elsewhere, or pass overwrite_edits=True "

@@ -162,7 +162,12 @@ def _begin(partial: Path, source: dict[str, str]) -> RunLock:
     partial.mkdir(parents=True, exist_ok=True)
     lock = RunLock(partial)
     try:
-        lock.acquire()
+        try:
+            lock.acquire()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"another process is pulling into the same OUT ({partial} is locked); wait for it, or name another OUT"
+            ) from error
         if told.is_file() and told.read_text() != json.dumps(source):
             for path in partial.iterdir():
                 if path.is_dir():

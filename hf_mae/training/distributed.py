@@ -24,6 +24,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_mae.recipes.base import Engine
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others; what one of them waits for, such as the Hub, has to take less."""
+
 
 def make_accelerator(engine: Engine) -> Accelerator:
     """Start Accelerate and refuse a world that is not the one that was asked for.
@@ -40,7 +43,7 @@ def make_accelerator(engine: Engine) -> Accelerator:
         cpu=not torch.accelerator.is_available(),
         mixed_precision=engine.precision,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
             # Not static_graph: it fails when the first micro-batch runs without synchronisation (torch 2.14), and every
             # parameter takes part in every loss anyway.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),

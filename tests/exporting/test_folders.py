@@ -83,16 +83,19 @@ def test_what_a_killed_process_left_is_removed_and_what_is_at_work_is_not(tmp_pa
     script = (
         "import sys, time; from pathlib import Path; from hf_mae.exporting.folders import new_folder\n"
         "with new_folder(Path(sys.argv[1]), mark='mark') as folder:\n"
-        "    (folder / 'half').write_text(''); time.sleep(60)"
+        "    (folder / 'half').write_text(''); time.sleep(300)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(out)], cwd=Path(__file__).parents[2])
-    deadline = time.monotonic() + 30
-    while not (found := list(tmp_path.glob(".tmp_*_out/half"))) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    write(out, "first")
-    assert found[0].exists()
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        deadline = time.monotonic() + 120  # it imports torch and transformers first
+        while not (found := list(tmp_path.glob(".tmp_*_out/half"))) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert found
+        write(out, "first")
+        assert found[0].exists()
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
     write(out, "second")
     assert names(tmp_path) == ["out"]
 

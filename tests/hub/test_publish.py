@@ -304,6 +304,8 @@ def test_what_cannot_be_published_is_refused_before_anything_is_asked_of_the_hub
         (exported, "org/x", {"checkpoint": True}),
         (exported, "org/x", {"create_pr": True, "revision": "next"}),
         (exported, "org/x", {"revision": "a" * 40}),
+        (exported, "org/x", {"weights": "best"}),
+        (exported, "org/x", {"target": "onnx"}),
     )
     for one, words in zip(
         found,
@@ -313,6 +315,8 @@ def test_what_cannot_be_published_is_refused_before_anything_is_asked_of_the_hub
             "is no run folder",
             "a pull request is against main",
             "is a commit",
+            "is an export already",
+            "is an export already",
         ),
         strict=True,
     ):

@@ -222,7 +222,7 @@ def test_a_folder_that_no_pull_left_is_not_emptied_and_two_pulls_do_not_fill_one
     lock = RunLock(busy)
     lock.acquire()
     try:
-        assert "is in use by process" in pulled("org/twice", tmp_path / "busy")
+        assert "is pulling into the same OUT" in pulled("org/twice", tmp_path / "busy")
     finally:
         lock.release()
     assert "continues at" in pulled("org/twice", tmp_path / "busy")

@@ -198,6 +198,7 @@ class LabelledTraining(Training[L]):
             say(f"pictures: {', '.join(p.name for p in pictures)} in {out / 'pictures'}")
         if model := last_model(out):
             say(f'model: {model}, load it with {self.load_with}("{model}")')
+            say(f"on the Hub: hf-mae publish {out} ORG/NAME --license LICENCE --dry-run")
 
 
 class Noise:

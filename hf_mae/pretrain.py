@@ -164,6 +164,7 @@ class MaskedPretraining(Training[Recipe]):
             say(f"reconstructions: {pictures[-1]}")
         if model := last_model(out):
             say(f'model: {model}, load it with hf_mae.MAEModel.from_pretrained("{model}")')
+            say(f"on the Hub: hf-mae publish {out} ORG/NAME --license LICENCE --dry-run")
         if self.recipe.data.path == "digits":
             say("next, on your own images: hf-mae pretrain mae-vit-s --data.path DIR_OR_HUB_ID --global-batch 256")
 

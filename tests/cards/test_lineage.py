@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hf_mae import MAEConfig, MAEForImageClassification, export
 from hf_mae.cards.options import CardOptions
 from hf_mae.cards.validate import validate_card
 from hf_mae.cards.write import write_card
+from hf_mae.exporting.convert import convert
 from hf_mae.exporting.lineage import is_official, lineage, with_official_terms
 from hf_mae.training import origins
 from hf_mae.training.origins import lineage_of, parents_of_run
@@ -255,12 +257,16 @@ def test_export_of_a_non_commercial_run_binds_its_card_wherever_it_lies(tmp_path
 
 
 def test_card_of_converted_weights_does_not_say_they_were_trained(tmp_path: Path):
-    folder = _classifier(tmp_path / "mae-base-in1k")
-    write_json(folder / "conversion.json", NC | {"source": "mae_finetuned_vit_base.pth"})
+    model = MAEForImageClassification.from_pretrained(_classifier(tmp_path / "model"))
+    torch.save({"model": model.state_dict()}, tmp_path / "finetuned.pth")
+    names = {0: "a", 1: "b"}
+    folder = convert(
+        tmp_path / "finetuned.pth", tmp_path / "mae-in1k", license="mit", id2label=names, num_attention_heads=1
+    )
     text = write_card(export(folder, tmp_path / "out", "hf_mae"), "ada/x", CardOptions()).read_text()
     assert "They were not trained any further." in text
-    assert "These weights are those of `mae-base-in1k`, weights of others that were converted" in text
-    assert "which came from `mae_finetuned_vit_base.pth`" in text
+    assert "These weights are those of `mae-in1k`, weights of others that were converted" in text
+    assert "which came from `finetuned.pth`" in text
     assert "trained from" not in text
     assert "encoder comes from another model" not in text
 

@@ -96,7 +96,7 @@ def patient(
         began = time.monotonic()
         try:
             return call()
-        except (OSError, HTTP_ERROR, RuntimeError, ValueError) as error:
+        except (OSError, HTTP_ERROR, RuntimeError, ValueError, AttributeError) as error:
             if isinstance(error, GaveUpError) or not passing(error):
                 raise
             spent += time.monotonic() - began
@@ -133,8 +133,11 @@ def is_passing(error: BaseException) -> bool:
             return True
         if isinstance(one, OSError) and not isinstance(one, _OTHER_NUMBERS) and one.errno in _PASSING_ERRNOS:
             return True
-        # Another thread lost its connection, and the library closed the client that all threads share.
+        # Another thread lost its connection, and the library closed the client that all threads share ...
         if isinstance(one, RuntimeError) and "client has been closed" in str(one):
+            return True
+        # ... or had just put it away: huggingface_hub 2.4's get_session then returns None.
+        if isinstance(one, AttributeError) and one.obj is None and one.name in ("request", "stream", "send"):
             return True
     return False
 

@@ -76,6 +76,9 @@ PASSING = {
     "timeout": HTTP.ReadTimeout("timed out"),
     "of the system": OSError(errno.ECONNRESET, "Connection reset by peer"),
     "shared client closed by another thread": RuntimeError("Cannot send a request, as the client has been closed."),
+    "shared client put away by another thread": AttributeError(
+        "'NoneType' object has no attribute 'request'", name="request", obj=None
+    ),
     "wrapped by transformers": wrapped(answer(503)),
     "server of names does not answer": unconnected(socket.gaierror(socket.EAI_AGAIN, "Temporary failure")),
 }
@@ -87,6 +90,7 @@ LASTING = {
     "offline": wrapped(OfflineModeIsEnabled("offline")),
     "no file": FileNotFoundError("nothing here"),
     "a value": ValueError("wrong"),
+    "a mistake of ours": AttributeError("'NoneType' object has no attribute 'sha'", name="sha", obj=None),
     "disk": OSError(errno.ENOSPC, "No space left on device"),
     "given up before": GaveUpError("gave up"),
     "a certificate": unconnected(ssl.SSLCertVerificationError(1, "CERTIFICATE_VERIFY_FAILED")),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -19,6 +19,19 @@ Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
 Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_EXPORT")]
 Repository = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ORG/NAME")]
 Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+
+
+T = TypeVar("T")
+
+
+def _parse(kind: type[T], command: str, description: str, arguments: Sequence[str]) -> T:
+    return tyro.cli(
+        kind,
+        prog=f"hf-mae {command}",
+        description=description,
+        args=list(arguments),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+    )
 
 
 def _say(line: str) -> None:
@@ -57,13 +70,11 @@ class ConvertArguments:
 
 def convert_command(arguments: Sequence[str]) -> None:
     """Turn weights of others into a model folder of this package."""
-    given = tyro.cli(
+    given = _parse(
         ConvertArguments,
-        prog="hf-mae convert",
-        description="Write a model folder of this package from weights of others. Nothing is unpickled but tensors and "
-        "plain data.",
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
+        "convert",
+        "Write a model folder of this package from weights of others. Nothing is unpickled but tensors and plain data.",
+        arguments,
     )
     from hf_mae.exporting.convert import convert
 
@@ -127,13 +138,12 @@ class ExportArguments:
 
 def export_command(arguments: Sequence[str]) -> None:
     """Write stock files and prove them equal."""
-    given = tyro.cli(
+    given = _parse(
         ExportArguments,
-        prog="hf-mae export",
-        description="Write a model as a stock class of transformers, as timm or as ONNX; compare it, in float64 and "
+        "export",
+        "Write a model as a stock class of transformers, as timm or as ONNX; compare it, in float64 and "
         "float32, in a process without this package; run the pipeline on a picture.",
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
+        arguments,
     )
     from hf_mae.exporting.write import export
 
@@ -170,13 +180,12 @@ class CardArguments:
 
 def card_command(arguments: Sequence[str]) -> None:
     """Write the model card of an export, and judge it."""
-    given = tyro.cli(
+    given = _parse(
         CardArguments,
-        prog="hf-mae card",
-        description="Write the model card of an export from the records of its run, and check it as the Hub would. "
+        "card",
+        "Write the model card of an export from the records of its run, and check it as the Hub would. "
         "`hf-mae publish` does this too; here nothing leaves the machine.",
-        args=list(arguments),
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+        arguments,
     )
     from hf_mae.cards.validate import validate_card
     from hf_mae.cards.write import write_card
@@ -224,13 +233,12 @@ class PublishArguments:
 
 def publish_command(arguments: Sequence[str]) -> None:
     """Export, write the card, check, upload in one commit, read back."""
-    given = tyro.cli(
+    given = _parse(
         PublishArguments,
-        prog="hf-mae publish",
-        description="Put a run or an export on the Hub: stock files, a card made from the run's records, checks, one "
+        "publish",
+        "Put a run or an export on the Hub: stock files, a card made from the run's records, checks, one "
         "commit, and a look at what arrived. Log in first with `hf auth login`.",
-        args=list(arguments),
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+        arguments,
     )
     from hf_mae.hub.publish import publish
 
@@ -287,12 +295,11 @@ class DemoArguments:
 
 def demo_command(arguments: Sequence[str]) -> None:
     """Show a model in the browser."""
-    given = tyro.cli(
+    given = _parse(
         DemoArguments,
-        prog="hf-mae demo",
-        description="Show a model in the browser, on this machine only; needs hf_mae[demo].",
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
+        "demo",
+        "Show a model in the browser, on this machine only; needs hf_mae[demo].",
+        arguments,
     )
     from hf_mae.demo.app import launch
 
@@ -317,13 +324,12 @@ class SpaceArguments:
 
 def space_command(arguments: Sequence[str]) -> None:
     """Write a Space."""
-    given = tyro.cli(
+    given = _parse(
         SpaceArguments,
-        prog="hf-mae space",
-        description="Write a Hugging Face Space, the page of `hf-mae demo` for published models. Upload it with "
+        "space",
+        "Write a Hugging Face Space, the page of `hf-mae demo` for published models. Upload it with "
         "`hf upload ORG/NAME OUT --repo-type space`.",
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
+        arguments,
     )
     from hf_mae.demo.space import write_space
 

@@ -30,7 +30,7 @@ from hf_mae.exporting.parity import (
     run_stock,
 )
 from hf_mae.exporting.questions import noise, question
-from hf_mae.exporting.source import MULTI_LABEL, Say, Source, Target
+from hf_mae.exporting.source import MULTI_LABEL, Source, Target
 from hf_mae.exporting.stock import (
     BATCH_NORM,
     Stock,
@@ -40,6 +40,7 @@ from hf_mae.exporting.stock import (
     as_vit_mae,
     fold_batch_norm,
 )
+from hf_mae.exporting.telling import Say
 from hf_mae.exporting.timm_vit import as_timm
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEPreTrainedModel

@@ -21,13 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from transformers import ViTMAEForPreTraining, ViTMAEModel
 
-from hf_mae.exporting.bars import no_bars_in_logs
 from hf_mae.exporting.files import hash_files, weight_files, write_json
 from hf_mae.exporting.folders import new_folder
 from hf_mae.exporting.labels import check_unique
 from hf_mae.exporting.official import LICENSE, is_copy, recognise
 from hf_mae.exporting.parity import TOLERANCE, largest_difference
 from hf_mae.exporting.processor import check_statistics, evaluation_processor
+from hf_mae.exporting.telling import no_bars_in_logs, silent
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.convert import config_from_state_dict, load_folder, load_official_checkpoint
 from hf_mae.models.modeling_classification import MAEForImageClassification
@@ -107,7 +107,7 @@ def convert(
         ValueError: the source is none of these or is refused, a field cannot be inferred or contradicts what is known,
             or timm or transformers compute something else with the same weights.
     """
-    say = say or _quiet
+    say = say or silent
     with no_bars_in_logs():
         foreign = _read(str(source), overrides, say)
         model = _build(foreign, id2label, say)
@@ -137,10 +137,6 @@ def convert(
         write_json(folder / RECORD, record)
     say(f"wrote {type(model).__name__} of {foreign.name} to {out}" + (f", known as {known['name']}" if known else ""))
     return Path(out)
-
-
-def _quiet(line: str) -> None:
-    del line
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from hf_mae.exporting.telling import Say
 from hf_mae.models.modeling_mae import MAEPreTrainedModel
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD
 from hf_mae.training.tasks import EncoderTask
-
-Say = Callable[[str], None]
 
 CARRIED = ("image_mean", "image_std", "size", "crop_size", "resample", "do_center_crop", "do_convert_rgb")
 """Fields of an image processor of ours that a model folder may set otherwise."""

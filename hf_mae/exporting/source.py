@@ -16,7 +16,8 @@ from transformers.utils.hub import cached_file
 
 from hf_mae.exporting.files import hash_files, hash_weights
 from hf_mae.exporting.labels import check_names, timm_names
-from hf_mae.exporting.processor import Say, check_channels, check_statistics, read_processor
+from hf_mae.exporting.processor import check_channels, check_statistics, read_processor
+from hf_mae.exporting.telling import Say
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTrainedModel

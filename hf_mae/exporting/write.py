@@ -33,7 +33,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hf_mae
-from hf_mae.exporting.bars import no_bars_in_logs
 from hf_mae.exporting.checked import write_stock
 from hf_mae.exporting.files import write_json
 from hf_mae.exporting.folders import new_folder
@@ -49,8 +48,9 @@ from hf_mae.exporting.parity import (
     prepare,
 )
 from hf_mae.exporting.questions import logits, noise, reconstruction, tokens
-from hf_mae.exporting.source import MULTI_LABEL, Say, Source, Target, Weights, read
+from hf_mae.exporting.source import MULTI_LABEL, Source, Target, Weights, read
 from hf_mae.exporting.stock import as_graph, left_out
+from hf_mae.exporting.telling import Say, no_bars_in_logs, silent
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTrainedModel
 from hf_mae.models.timm_models import write_timm_folder
@@ -99,7 +99,7 @@ def export(
         ValueError: the model cannot be read, the target cannot express it, or `out_dir` cannot be used.
         RuntimeError: the export does not compute what the model computes. Nothing is left of it.
     """
-    say = say or _quiet
+    say = say or silent
     if target not in get_args(Target):
         raise ValueError(f"target={target!r} is unknown; use one of {', '.join(get_args(Target))}")
     if picture is not None and not Path(picture).is_file():
@@ -123,10 +123,6 @@ def export(
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     say(f"exported {source.origin.name} as {record['class']} ({record['library']}) to {out}{_summary(record)}")
     return out
-
-
-def _quiet(line: str) -> None:
-    pass
 
 
 def _resolve(source: Source, target: Target) -> Target:

@@ -15,7 +15,7 @@ import errno
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from hf_mae.cards.options import CardOptions
 from hf_mae.cards.usage import run_usage, usage_blocks
 from hf_mae.cards.validate import validate_card
 from hf_mae.cards.write import write_card
+from hf_mae.exporting.telling import Say, silent
 from hf_mae.exporting.write import RECORD, Target, export
 from hf_mae.hub.repository import There, check_rights, check_token, differences, look, read_there, tree, write
 from hf_mae.hub.stage import (
@@ -49,8 +50,6 @@ from hf_mae.hub.stage import (
 from hf_mae.hub.widget import Verdict, check_folder, check_remote
 from hf_mae.patience import HTTP_ERROR, GaveUpError, explain, patient
 from hf_mae.training.checkpoint import RunLock
-
-Say = Callable[[str], None]
 
 PASSING = re.compile(
     r"\b(429|5\d\d) (Client Error|Server Error|Too Many|Internal|Bad Gateway|Service Unavailable|Gateway Time)"
@@ -122,7 +121,7 @@ def publish(
         RuntimeError: the Hub or the network failed; says whether anything was written. Or it is published, and does
             not work as it is there.
     """
-    say, card, source = say or _quiet, card or CardOptions(), Path(source).expanduser()
+    say, card, source = say or silent, card or CardOptions(), Path(source).expanduser()
     _check_arguments(source, repo_id, checkpoint, create_pr, revision)
     check_token()
     api, what = HfApi(library_name="hf_mae"), f"publishing {repo_id}"
@@ -171,10 +170,6 @@ def publish(
         if verdict.problems and not beside:  # of a pull request beside files of others that was said before
             raise RuntimeError(f"{repo_id} is published ({commit[:10]}), but not as it should be: {_found(verdict)}")
         return Published(url, commit, pull_request, verdict, rows)
-
-
-def _quiet(line: str) -> None:
-    del line
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 
+from hf_mae.exporting.telling import silent
 from hf_mae.hub.repository import check_token
 from hf_mae.hub.stage import RUN, bytes_in_words, is_inside, is_same, read_file
 from hf_mae.patience import HTTP_ERROR, GaveUpError, explain, patient
@@ -51,7 +52,7 @@ def pull(
         RuntimeError: the network failed, what arrived is damaged, or another pull fills `out`; the same command
             continues.
     """
-    say, out = say or _quiet, Path(out).expanduser()
+    say, out = say or silent, Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out} exists; name another folder, or continue the run in it as it is")
     check_token()
@@ -61,10 +62,6 @@ def pull(
         raise
     except (OSError, HTTP_ERROR) as error:
         raise explain(error, repo_id=repo_id, what=f"pulling {repo_id}") from error
-
-
-def _quiet(line: str) -> None:
-    del line
 
 
 def _pull(repo_id: str, out: Path, revision: str | None, say: Callable[[str], None]) -> Path:

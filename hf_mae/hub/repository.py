@@ -7,7 +7,7 @@ be made for it (a repository, a branch) and stays when the upload fails is told 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from hf_mae.exporting.telling import Say
 from hf_mae.hub.stage import MANIFEST, File, Row, bytes_in_words, is_same, read_manifest
 from hf_mae.patience import HTTP_ERROR, GaveUpError, explain, is_passing, patient, status_of
 
-Say = Callable[[str], None]
 Remote = Mapping[str, RepoFile]
 
 

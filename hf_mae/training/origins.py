@@ -64,13 +64,6 @@ def run_of(folder: Path) -> Path | None:
     return run if (run / "recipe.json").is_file() else None
 
 
-def parents_of_run(run: Path) -> list[Link]:
-    """Return what a run started from: as recorded at its start, else what is there now; empty if from scratch."""
-    found: list[Link] = []
-    _follow_parents(run, found)
-    return found[:MAX_LINKS]
-
-
 def timm_license(name: str) -> str | None:
     """Return the licence that timm records of weights.
 

@@ -18,7 +18,7 @@ from hf_mae.cards.write import write_card
 from hf_mae.exporting.convert import convert
 from hf_mae.exporting.lineage import is_official, lineage, with_official_terms
 from hf_mae.training import origins
-from hf_mae.training.origins import lineage_of, parents_of_run
+from hf_mae.training.origins import lineage_of
 from tests.cards.conftest import change, write_json
 
 COMMIT = "c" * 40
@@ -84,9 +84,9 @@ def test_record_of_the_start_outlives_what_it_names(tmp_path: Path):
     known = lineage_of(str(tmp_path / "converted"))
     run = _run(tmp_path / "tuned", str(tmp_path / "converted"), lineage=known)
     shutil.rmtree(tmp_path / "converted")
-    assert parents_of_run(run) == known
+    assert lineage_of(str(run))[1:] == known
     unrecorded = _run(tmp_path / "old", str(tmp_path / "converted"))
-    assert [(link["name"], link["kind"], link["license"]) for link in parents_of_run(unrecorded)] == [
+    assert [(link["name"], link["kind"], link["license"]) for link in lineage_of(str(unrecorded))[1:]] == [
         ("converted", "missing", None)
     ]
 

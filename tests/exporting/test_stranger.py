@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hf_mae import MAEForImageClassification
 from hf_mae.exporting import check
-from hf_mae.exporting.bars import no_bars_in_logs
+from hf_mae.exporting.telling import no_bars_in_logs
 from hf_mae.exporting.write import export
 
 REPOSITORY = Path(__file__).parents[2]

@@ -1,14 +1,22 @@
-"""Progress bars of transformers and the Hub's client, which have no place in a log."""
+"""What a user is told on the way: our lines, and no progress bars of others where they have no place, in a log."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging
+
+Say = Callable[[str], None]
+"""Takes one line for the user."""
+
+
+def silent(line: str) -> None:
+    """Tell nobody."""
+    del line
 
 
 @contextmanager

@@ -531,7 +531,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         lost = [line for line in row["said"] if "was lost" in line]
         told = row["told"] or next(iter(row["waits"] + lost), "")
-        told = told.replace(str(FOLDER), "FOLDER").replace(HUB.url, "HUB").replace("|", "\\|").replace("\n", " ")
+        told = (
+            told.replace(str(FOLDER), "FOLDER")
+            .replace(HUB.url, "HUB")
+            .replace(tempfile.gettempdir(), "TMP")
+            .replace("|", "\\|")
+            .replace("\n", " ")
+        )
         state = "" if row["command"] != "publish" else row["state"]
         lines.append(
             f"| {row['command']} | {row['fault']} | {row['outcome']} | {len(row['waits'])} | {row['waited']} | {state} "

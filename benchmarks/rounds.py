@@ -33,6 +33,8 @@ import torch
 Work = Callable[[], "dict[str, float] | None"]
 """One unit of work, such as a training step. What it returns is kept with the reading."""
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for the processes started from here, as hf_mae sets it for itself
+
 QUIET = 0.8
 """A probe below this fraction of the best one means that the machine was busy."""
 

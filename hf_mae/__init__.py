@@ -9,6 +9,10 @@ import sys
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from hf_mae.threads import limit_spinning
+
+limit_spinning()  # before anything imports torch
+
 __version__ = "0.1.0"
 
 _HOMES = {

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_mae.recipes.base import Engine
+from hf_mae.threads import choose_threads, describe_threads
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others; what one of them waits for, such as the Hub, has to take less."""
@@ -49,6 +50,7 @@ def make_accelerator(engine: Engine) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
+    torch.set_num_threads(choose_threads(torch.get_num_threads()))
     launched, used = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     if launched != used:
         raise RuntimeError(
@@ -69,10 +71,10 @@ def describe_world(accelerator: Accelerator) -> str:
     """Return one line: how many processes, on what, in which precision, and whether the launcher asked for another."""
     n = accelerator.num_processes
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
-    threads, used = torch.get_num_threads(), accelerator.mixed_precision
+    used = accelerator.mixed_precision
     line = (
         f"{n} process{'es' if n > 1 else ''} ({kind}) on {accelerator.device.type}, precision {used}, "
-        f"{threads} CPU thread{'s' if threads > 1 else ''} each"
+        f"{describe_threads(torch.get_num_threads())}"
     )
     if (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", used)) not in (used, "no"):
         line += f" (the {asked} of `accelerate config` is not used: --engine.precision {asked} chooses it)"

@@ -24,6 +24,7 @@ from hf_mae.labelled import LabelledTraining, Noise, together
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.recipes.classification import ClassifierRecipe, check_classifier
+from hf_mae.recipes.defaults import Chosen
 from hf_mae.run import model_folder, progress, run
 from hf_mae.training.distributed import full, gather_objects
 from hf_mae.training.loop import Evaluator
@@ -39,10 +40,14 @@ ARCHITECTURE = (
 """Fields of a recipe's model that an encoder brings with it."""
 
 
-def classify(recipe: ClassifierRecipe) -> Path:
+def classify(recipe: ClassifierRecipe, *, chosen: Chosen = None) -> Path:
     """Train a classifier, or continue the run in `recipe.out`.
 
     Everything a user can get wrong is checked before the first update. A collective: every process calls it.
+
+    Args:
+        recipe: what to do.
+        chosen: names of its fields that have to stay; the others may be adapted to the data, which is said. None: all.
 
     Returns:
         The run folder. `checkpoints/` has the last model, `best/` the best one.
@@ -53,7 +58,7 @@ def classify(recipe: ClassifierRecipe) -> Path:
     """
     check_classifier(recipe)
     check_augment(recipe.augment)
-    return run(ClassifierTraining(recipe))
+    return run(ClassifierTraining(recipe), chosen)
 
 
 class ClassifierTraining(LabelledTraining[ClassifierRecipe]):

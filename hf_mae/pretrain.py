@@ -26,6 +26,7 @@ from hf_mae.models.masking import mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
 from hf_mae.recipes.base import Recipe
 from hf_mae.recipes.checks import check
+from hf_mae.recipes.defaults import Chosen
 from hf_mae.run import Training, last_model, run
 from hf_mae.training.checkpoint import newest_checkpoint
 from hf_mae.training.loop import Evaluator
@@ -40,10 +41,14 @@ RANKME_IMAGES = 2000
 """Training images for RankMe where no kNN needs more: above the width of any preset, which bounds the rank."""
 
 
-def pretrain(recipe: Recipe) -> Path:
+def pretrain(recipe: Recipe, *, chosen: Chosen = None) -> Path:
     """Pretrain a masked autoencoder, or continue the run in `recipe.out`.
 
     Everything a user can get wrong is checked before the first update. A collective: every process calls it.
+
+    Args:
+        recipe: what to do.
+        chosen: names of its fields that have to stay; the others may be adapted to the data, which is said. None: all.
 
     Returns:
         The run folder.
@@ -54,7 +59,7 @@ def pretrain(recipe: Recipe) -> Path:
     """
     check(recipe)
     check_augment(recipe.augment)
-    return run(MaskedPretraining(recipe))
+    return run(MaskedPretraining(recipe), chosen)
 
 
 class MaskedPretraining(Training[Recipe]):

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -31,6 +32,7 @@ from hf_mae.data.stream import images_per_epoch
 from hf_mae.patience import HTTP_ERROR, GaveUpError, is_worth_opening_again, one_line, patient
 from hf_mae.recipes.base import Recipe, to_dict
 from hf_mae.recipes.checks import choose_micro_batch
+from hf_mae.recipes.defaults import Chosen, fit_batch, fit_intervals, is_default, overfills, warn_of_few_updates
 from hf_mae.training.best import bring_best
 from hf_mae.training.checkpoint import (
     TrainState,
@@ -38,6 +40,7 @@ from hf_mae.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     read_data_state,
+    read_recipe,
     save_checkpoint,
 )
 from hf_mae.training.distributed import describe_world, gather_objects, make_accelerator
@@ -135,10 +138,14 @@ class Training(ABC, Generic[R]):
         """Say what came out, and what to do next."""
 
 
-def run(training: Training[Any]) -> Path:
+def run(training: Training[Any], chosen: Chosen = None) -> Path:
     """Train, or continue the run in `recipe.out`. The recipe has been checked.
 
     Everything a user can get wrong is found before the first update. A collective: every process calls it.
+
+    Args:
+        training: what is trained; its recipe becomes the one that was run.
+        chosen: fields of the recipe that have to stay; the others may be adapted to the data. None: all.
 
     Returns:
         The run folder.
@@ -155,14 +162,14 @@ def run(training: Training[Any]) -> Path:
         keep_freed_memory()
     say(f"hf_mae: {recipe.name}, {describe_world(accelerator)}")
     with open_run_folder(recipe, accelerator) as out:
-        _run(training, out, accelerator, say)
+        _run(training, chosen, out, accelerator, say)
         accelerator.wait_for_everyone()  # the process group stays: a sweep or a script may start another run
     return out
 
 
-def _run(training: Training[Any], out: Path, accelerator: Accelerator, say: Printer) -> None:
+def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accelerator, say: Printer) -> None:
     recipe: Recipe = training.recipe
-    resume_from = find_start(recipe, out, accelerator, say)
+    resume_from = find_start(recipe, out, accelerator, say, as_saved=partial(_with_saved_batch, chosen=chosen))
 
     # What is read, in which order, and for how long.
     data = recipe.data
@@ -172,8 +179,18 @@ def _run(training: Training[Any], out: Path, accelerator: Accelerator, say: Prin
     say(source.summary())
     labels = training.labels(source, say)
     rows, world = int(source.sizes.sum()), accelerator.num_processes
+    if resume_from is not None:
+        recipe, notes = _with_saved_batch(recipe, resume_from, chosen=chosen), []
+    else:
+        recipe, notes = fit_batch(recipe, rows, chosen, processes=world)
+    for note in notes:
+        say(note)
     images = recipe.global_batch // data.repeats  # different ones in a global batch
     plan = make_plan(recipe, steps_per_epoch=steps_per_epoch(rows, images, data.remainder))
+    recipe, notes = fit_intervals(recipe, plan.total_steps, chosen)
+    for note in [*notes, *warn_of_few_updates(recipe, rows, plan.total_steps, plan.steps_per_epoch)]:
+        say(note)
+    training.recipe = recipe  # from here on what is run, recorded and compared
     order = Order(source.sizes, recipe.seed, *choose_lanes_and_window(source.sizes, source.bytes_per_row, recipe.data))
     data_state = loader_state(source, order, recipe.global_batch, data.remainder, data.repeats, data.repeat_augment)
     data_state |= {"revision": source.revision, **labels}
@@ -299,6 +316,13 @@ def _run(training: Training[Any], out: Path, accelerator: Accelerator, say: Prin
         training.report(out, rows_written, monitor.verdict(), say)
         if advice := data_advice(recipe, rows_written):
             say(advice)
+
+
+def _with_saved_batch(recipe: Recipe, checkpoint: Path, *, chosen: Chosen) -> Recipe:
+    """Return the recipe with the global batch that the run was started with, where it is not one that was chosen."""
+    if not is_default("global_batch", chosen) or not overfills(recipe, read_data_state(checkpoint)["rows"]):
+        return recipe
+    return replace(recipe, global_batch=read_recipe(checkpoint)["global_batch"])
 
 
 def _batches(

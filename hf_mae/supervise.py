@@ -17,6 +17,7 @@ from hf_mae.labelled import LabelledTraining, Noise, together
 from hf_mae.models.configuration_mae import height_width
 from hf_mae.models.timm_models import checkpoint_blocks, compile_features, create, drop_paths, from_weights
 from hf_mae.models.timm_spec import TimmSpec
+from hf_mae.recipes.defaults import Chosen
 from hf_mae.recipes.supervised import SuperviseRecipe, check_supervise
 from hf_mae.run import model_folder, run
 from hf_mae.training.loop import Evaluator
@@ -26,10 +27,14 @@ from hf_mae.training.origins import lineage_of
 from hf_mae.training.tasks import TimmClassification
 
 
-def supervise(recipe: SuperviseRecipe) -> Path:
+def supervise(recipe: SuperviseRecipe, *, chosen: Chosen = None) -> Path:
     """Train a model of timm, or continue the run in `recipe.out`.
 
     Everything a user can get wrong is checked before the first update. A collective: every process calls it.
+
+    Args:
+        recipe: what to do.
+        chosen: names of its fields that have to stay; the others may be adapted to the data, which is said. None: all.
 
     Returns:
         The run folder. `checkpoints/` has the last model, `best/` the best one, in timm's format.
@@ -40,7 +45,7 @@ def supervise(recipe: SuperviseRecipe) -> Path:
     """
     check_supervise(recipe)
     check_augment(recipe.augment)
-    return run(SupervisedTraining(recipe))
+    return run(SupervisedTraining(recipe), chosen)
 
 
 class SupervisedTraining(LabelledTraining[SuperviseRecipe]):

@@ -43,7 +43,12 @@ BLOCKS = (0, 0.5, 1, 2, 4, 6, 12, 18, 24)
 
 
 def sweep_partial(
-    recipe: ClassifierRecipe, *, blocks: Sequence[float] = BLOCKS, seeds: int = 1, say: Printer | None = None
+    recipe: ClassifierRecipe,
+    *,
+    blocks: Sequence[float] = BLOCKS,
+    seeds: int = 1,
+    train: Callable[[Any], Path] = classify,
+    say: Printer | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the last K blocks for several K, like Fig. 9 of the paper. A collective: every process calls it.
 
@@ -51,6 +56,7 @@ def sweep_partial(
         recipe: all but `trainable_blocks`, `seed` and `out`, under which the runs are put.
         blocks: the values of K; those beyond the encoder's depth are left out.
         seeds: runs of each K, with the recipe's seed and those after it.
+        train: `classify`, or what calls it.
         say: prints a line; None prints to standard error, on the main process.
 
     Returns:
@@ -89,7 +95,7 @@ def sweep_partial(
         points = [(float(k), v["mean"], v["sd"]) for k, v in values.items()]
         draw_partial({recipe.name: sorted(points)}, out / "partial.png", depth=depth, reference=reference)
 
-    return _sweep(recipe.name, runs, out, "trainable blocks", draw, classify, say)
+    return _sweep(recipe.name, runs, out, "trainable blocks", draw, train, say)
 
 
 def sweep_seeds(
@@ -224,7 +230,7 @@ def _each_seed(recipes: Mapping[str, Recipe], seeds: int, out: Path) -> dict[tup
     }
 
 
-def trainer_of(recipe: Recipe) -> Callable[[Any], Path]:
+def trainer_of(recipe: Recipe) -> Callable[..., Path]:
     """Return what trains a recipe of this kind: `pretrain`, `classify` or `supervise`."""
     if isinstance(recipe, SuperviseRecipe):
         from hf_mae.supervise import supervise  # timm takes seconds to import

@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
-from hf_mae.cli import main
+from hf_mae.cli import main, parse_recipe
 from hf_mae.pretrain import MaskNoise, pretrain
 from hf_mae.recipes.base import Data, Evals
-from hf_mae.recipes.mae import QUICKSTART
+from hf_mae.recipes.mae import PRESETS, QUICKSTART
 from hf_mae.run import data_advice
 
 CLOCK = {"images_per_second", "seconds_waiting_for_data", "waiting_share"}
@@ -193,7 +193,10 @@ def run(*arguments):
         (["pretrain", "--model.mask-ratio", "0.99"], "mask_ratio=0.99"),
         (["pretrain", "--global-batch", "64", "--micro-batch", "7"], "micro_batch=7 does not divide"),
         (["pretrain", "--optim.clip-grad", "-1"], "optim.clip_grad=-1.0 must be above 0"),
-        (["pretrain", "--epochs", "5"], "warmup_epochs=10 must be at least 0 and below epochs=5"),
+        (
+            ["pretrain", "--epochs", "5", "--schedule.warmup-epochs", "6"],
+            "warmup_epochs=6 must be at least 0 and below epochs=5",
+        ),
         (["pretrain", "--data.path", "no/such/folder"], "no/such/folder"),
         (["pretrain", "--engine.expect-processes", "4"], "expect_processes=4 but 1 process(es) started"),
         (["pretrain", "--augment.mean", "0.5", "0.5"], "augment.mean=(0.5, 0.5) has 2 values but model.num_channels=1"),
@@ -315,3 +318,65 @@ def test_a_run_that_waits_for_data_says_what_helps(recipe):
     assert "--data.decoder fast" in advice
     assert "--data.decoder" not in data_advice(replace(recipe, data=Data(decoder="fast")), waiting)
     assert data_advice(recipe, [{"waiting_share": 0.05}]) is None
+
+
+# ------------------------------------------------------------------------------------------------ defaults that adapt
+
+TINY = [
+    *("--model.image-size", "16", "--model.patch-size", "8", "--model.hidden-size", "16"),
+    *("--model.num-hidden-layers", "1", "--model.num-attention-heads", "2", "--model.decoder-hidden-size", "16"),
+    *("--model.decoder-num-hidden-layers", "1", "--model.decoder-num-attention-heads", "2", "--num-workers", "0"),
+    *("--evals.no-rankme", "--evals.pictures", "1"),
+]
+
+
+@pytest.fixture
+def few_images(tmp_path):
+    """A folder of 36 images, with a name that a shell would take apart."""
+    folder = tmp_path / "my images (1)"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(36):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_preset_adapts_to_few_images_and_the_same_command_continues(few_images, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["pretrain", "mae-vit-ti", "--data.path", str(few_images), "--out", str(out), "--epochs", "4", *TINY]
+    main(command)
+    said = capsys.readouterr().err
+    assert "global_batch=1024 is more than the 36 images: using 8" in said
+    assert "18 updates in all" in said
+    saved = json.loads((out / "recipe.json").read_text())
+    assert (saved["global_batch"], saved["save_every"], saved["eval_every"], saved["log_every"]) == (8, 9, 5, 2)
+    assert saved["schedule"]["warmup_epochs"] == pytest.approx(0.2)  # 40 of 800
+    expected = clockless(out)
+    assert [row["step"] for row in expected if "loss" in row] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert json.loads((out / "checkpoints/step_00000009/recipe.json").read_text())["global_batch"] == 8
+    shutil.rmtree(out / "checkpoints" / "step_00000018")
+    main(command)
+    assert "resuming at step 9 of 18" in capsys.readouterr().err
+    assert clockless(out) == expected
+    Image.new("RGB", (20, 20)).save(few_images / "new.png")
+    assert run(*command) == 2
+    assert "rows was 36 in the checkpoint and is 37 now: the data has changed" in capsys.readouterr().err
+
+
+def test_a_global_batch_that_was_typed_is_kept_with_a_warning(few_images, tmp_path, capsys):
+    flags = ["--data.path", str(few_images), "--out", str(tmp_path / "run"), "--max-steps", "2"]
+    main(["pretrain", "mae-vit-ti", *flags, "--global-batch", "64", *TINY])
+    said = capsys.readouterr().err
+    assert "warning: global_batch=64 is more than the 36 images" in said
+    assert "--global-batch 8" in said
+    assert "hardly any" not in said  # two updates were asked for
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["global_batch"] == 64
+
+
+def test_a_run_that_an_earlier_version_did_not_adapt_continues(few_images, tmp_path, capsys):
+    flags = ["--data.path", str(few_images), "--out", str(tmp_path / "run"), "--max-steps", "2", *TINY]
+    recipe = parse_recipe(PRESETS, ["mae-vit-ti", *flags], default="mae-vit-ti")
+    pretrain(replace(recipe, global_batch=1024, save_every=1))  # a recipe from Python is not adapted
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000002")
+    main(["pretrain", "mae-vit-ti", *flags])
+    assert "resuming at step 1 of 2" in capsys.readouterr().err

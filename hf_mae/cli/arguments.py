@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from hf_mae.recipes.base import Recipe
 from hf_mae.recipes.classification import ClassifierRecipe
+from hf_mae.recipes.defaults import squeeze_warmup
 from hf_mae.recipes.evaluation import Evaluation
 from hf_mae.recipes.mae import PRESETS
 from hf_mae.recipes.supervised import SUPERVISE, SuperviseRecipe
@@ -42,7 +45,7 @@ def parse_recipe(
         ValueError: no preset has that name; the nearest ones are listed.
     """
     preset, flags = choose_preset(presets, arguments, default)
-    return tyro.cli(
+    recipe = tyro.cli(
         type(preset),
         prog=f"hf-mae {command} {preset.name}",
         description=f"Source: {preset.source}. Expected: {preset.expected}.",
@@ -50,13 +53,14 @@ def parse_recipe(
         args=flags,
         config=(tyro.conf.AvoidSubcommands,),
     )
+    return fit_warmup(recipe, preset, flags)
 
 
 def parse_with(group: Any, preset: Any, flags: Sequence[str], prog: str) -> Any:
     """Return an argument group whose `recipe` is a preset, with the flags of both applied."""
     field = ("recipe", Annotated[type(preset), tyro.conf.arg(name="")])  # the flags are those of this kind of recipe
     with_recipe: Any = make_dataclass(group.__name__, [field], bases=(group,), frozen=True, kw_only=True)
-    return tyro.cli(
+    given: Any = tyro.cli(
         with_recipe,
         prog=prog,
         description=f"Source: {preset.source}. Expected: {preset.expected}.",
@@ -64,6 +68,24 @@ def parse_with(group: Any, preset: Any, flags: Sequence[str], prog: str) -> Any:
         args=list(flags),
         config=(tyro.conf.AvoidSubcommands,),
     )
+    return replace(given, recipe=fit_warmup(given.recipe, preset, flags))
+
+
+def chosen_fields(arguments: Sequence[str]) -> frozenset[str]:
+    """Return the fields that a command line sets, as recipes write them: `--optim.base-lr 1` chooses optim.base_lr."""
+    return frozenset(
+        word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--") and word != "--"
+    )
+
+
+def fit_warmup(recipe: Any, preset: Any, flags: Sequence[str]) -> Any:
+    """Return the recipe with a warm-up that fits into epochs that were typed, and say so on the main process."""
+    if not isinstance(recipe, Recipe):
+        return recipe
+    recipe, notes = squeeze_warmup(recipe, preset, chosen_fields(flags))
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.writelines(f"{note}\n" for note in notes)
+    return recipe
 
 
 def choose_preset(

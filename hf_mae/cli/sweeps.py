@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
 import tyro
 
-from hf_mae.cli.arguments import TRAINED, choose_preset, nearest, parse_with, require_data
+from hf_mae.cli.arguments import TRAINED, choose_preset, chosen_fields, nearest, parse_with, require_data
 from hf_mae.recipes.base import Size
 from hf_mae.recipes.classification import ClassifierAugment, ClassifierRecipe
 from hf_mae.recipes.evaluation import EVALUATIONS, Evaluation
@@ -135,22 +135,32 @@ def sweep_command(arguments: Sequence[str]) -> None:
     given = parse_sweep(arguments)
     if not isinstance(given, TransferArguments):
         require_data(given.recipe)
-    _KINDS[arguments[0]][1](given)
+    _KINDS[arguments[0]][1](given, chosen_fields(arguments))
 
 
-def _partial(given: PartialArguments) -> None:
+def _with_defaults(chosen: Collection[str]) -> Callable[[Any], Any]:
+    """Return what trains a recipe of any kind, and may adapt what was not chosen to its data."""
+    from hf_mae.sweep import trainer_of
+
+    def train(recipe: Any) -> Any:
+        return trainer_of(recipe)(recipe, chosen=chosen)
+
+    return train
+
+
+def _partial(given: PartialArguments, chosen: Collection[str]) -> None:
     from hf_mae.sweep import sweep_partial
 
-    sweep_partial(given.recipe, blocks=given.blocks, seeds=given.seeds)
+    sweep_partial(given.recipe, blocks=given.blocks, seeds=given.seeds, train=_with_defaults(chosen))
 
 
-def _seeds(given: SeedsArguments) -> None:
+def _seeds(given: SeedsArguments, chosen: Collection[str]) -> None:
     from hf_mae.sweep import sweep_seeds
 
-    sweep_seeds(given.recipe, n=given.n)
+    sweep_seeds(given.recipe, n=given.n, train=_with_defaults(chosen))
 
 
-def _over(given: OverArguments) -> None:
+def _over(given: OverArguments, chosen: Collection[str]) -> None:
     field, found, values = given.vary.partition("=")
     if not found or not values:
         raise ValueError(f"vary={given.vary!r} must be FIELD=V1,V2,...; such as augment.label_smoothing=0,0.06,0.1")
@@ -158,10 +168,10 @@ def _over(given: OverArguments) -> None:
     parsed = parse_values(given.recipe, field, values)
     from hf_mae.sweep import sweep_over
 
-    sweep_over(given.recipe, field, parsed, seeds=given.seeds)
+    sweep_over(given.recipe, field, parsed, seeds=given.seeds, train=_with_defaults({*chosen, field}))
 
 
-def _augment(given: AugmentArguments) -> None:
+def _augment(given: AugmentArguments, chosen: Collection[str]) -> None:
     recipe = given.recipe
     if unknown := [name for name in given.pipelines if name not in BIRD_AUGMENTS]:
         raise ValueError(f"pipeline {unknown[0]!r} is unknown; {nearest(unknown[0], BIRD_AUGMENTS)}")
@@ -182,12 +192,13 @@ def _augment(given: AugmentArguments) -> None:
     from hf_mae.sweep import sweep_variants
 
     out = recipe.out or f"runs/{recipe.name}-augment"
-    sweep_variants(recipes, seeds=given.seeds, out=out, title=f"{recipe.name}: augmentation")
+    title, train = f"{recipe.name}: augmentation", _with_defaults(chosen)
+    sweep_variants(recipes, seeds=given.seeds, out=out, title=title, train=train)
 
 
-def _transfer(given: TransferArguments) -> None:
+def _transfer(given: TransferArguments, chosen: Collection[str]) -> None:
     recipes = {recipe.name.removeprefix("transfer-"): recipe for recipe in TRANSFER}
-    chosen = {}
+    runs = {}
     for name in given.data_sets:
         if name not in recipes:
             raise ValueError(f"data set {name!r} is unknown; {nearest(name, recipes)}")
@@ -196,7 +207,7 @@ def _transfer(given: TransferArguments) -> None:
                 f"data set {name!r} has no public Hub copy; train it by itself: hf-mae supervise transfer-{name} "
                 "--data.path DATA"
             )
-        chosen[name] = replace(
+        runs[name] = replace(
             recipes[name],
             init_from=given.init_from,
             epochs=given.epochs,
@@ -207,10 +218,11 @@ def _transfer(given: TransferArguments) -> None:
         )
     from hf_mae.sweep import sweep_variants
 
-    sweep_variants(chosen, seeds=given.seeds, out=given.out, title=f"transfer of {given.init_from}")
+    title, train = f"transfer of {given.init_from}", _with_defaults(chosen)
+    sweep_variants(runs, seeds=given.seeds, out=given.out, title=title, train=train)
 
 
-def _resolution(given: ResolutionArguments) -> None:
+def _resolution(given: ResolutionArguments, chosen: Collection[str]) -> None:
     if not given.models:
         raise ValueError("models is empty; name run folders, model folders, Hub ids or timm's weights: --models M1 M2")
     from hf_mae.resolution import sweep_resolution
@@ -226,7 +238,7 @@ _PRESETS: dict[str, Mapping[str, Any]] = {
     "seeds": FINETUNE,
     "over": FINETUNE,
 }
-_KINDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+_KINDS: dict[str, tuple[Any, Callable[[Any, Collection[str]], None]]] = {
     "partial": (PartialArguments, _partial),
     "seeds": (SeedsArguments, _seeds),
     "over": (OverArguments, _over),

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from hf_mae.cli.arguments import choose_preset, list_presets, parse_recipe, require_data
+from hf_mae.cli.arguments import choose_preset, fit_warmup, list_presets, parse_recipe, require_data
 from hf_mae.planning.hardware import Hardware
 from hf_mae.planning.plan import as_dict, make_run_plan
 from hf_mae.planning.report import published_report, report
@@ -51,7 +51,7 @@ def parse_plan(presets: Mapping[str, Recipe], arguments: Sequence[str], *, defau
         ValueError: no preset has that name; the nearest ones are listed.
     """
     preset, flags = choose_preset(presets, arguments, default)
-    return tyro.cli(
+    given = tyro.cli(
         PlanArguments,
         prog=f"hf-mae plan {preset.name}",
         description="FLOPs, memory, time, input and disk of a run, by arithmetic. Fields of the recipe are flags too.",
@@ -59,6 +59,7 @@ def parse_plan(presets: Mapping[str, Recipe], arguments: Sequence[str], *, defau
         args=flags,
         config=(tyro.conf.AvoidSubcommands,),
     )
+    return replace(given, recipe=fit_warmup(given.recipe, preset, flags))
 
 
 def plan_command(arguments: Sequence[str]) -> None:

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from hf_mae.cli.arguments import TRAINED, choose_preset, list_presets, parse_recipe, parse_with, require_data
-from hf_mae.recipes.classification import ClassifierRecipe
+from hf_mae.cli.arguments import TRAINED, choose_preset, chosen_fields, list_presets, parse_recipe, parse_with, require_data
+from hf_mae.recipes.checks import check
+from hf_mae.recipes.classification import ClassifierRecipe, check_classifier
 from hf_mae.recipes.mae import PRESETS
-from hf_mae.recipes.supervised import SUPERVISE, SuperviseRecipe
+from hf_mae.recipes.supervised import SUPERVISE, SuperviseRecipe, check_supervise
 from hf_mae.recipes.transfer import FINETUNE, PROBE
 
 
@@ -23,9 +24,10 @@ def pretrain_command(arguments: Sequence[str]) -> None:
         return
     recipe = parse_recipe(PRESETS, arguments, default="quickstart")
     require_data(recipe)
+    check(recipe)
     from hf_mae.pretrain import pretrain  # torch and transformers take seconds: --help and --list need neither
 
-    pretrain(recipe)
+    pretrain(recipe, chosen=chosen_fields(arguments))
 
 
 def finetune_command(arguments: Sequence[str]) -> None:
@@ -34,7 +36,7 @@ def finetune_command(arguments: Sequence[str]) -> None:
         sys.stdout.write(list_presets(FINETUNE))
         return
     recipe = parse_recipe(FINETUNE, arguments, default="finetune-digits", command="finetune")
-    _classify(recipe)
+    _classify(recipe, arguments)
 
 
 def probe_command(arguments: Sequence[str]) -> None:
@@ -48,14 +50,15 @@ def probe_command(arguments: Sequence[str]) -> None:
             "init_from is empty; name the encoder to probe: --init-from RUN_FOLDER, a model folder, a Hub id or an "
             "official .pth file"
         )
-    _classify(recipe)
+    _classify(recipe, arguments)
 
 
-def _classify(recipe: ClassifierRecipe) -> None:
+def _classify(recipe: ClassifierRecipe, arguments: Sequence[str]) -> None:
     require_data(recipe)
+    check_classifier(recipe)
     from hf_mae.classify import classify
 
-    classify(recipe)
+    classify(recipe, chosen=chosen_fields(arguments))
 
 
 def supervise_command(arguments: Sequence[str]) -> None:
@@ -65,9 +68,10 @@ def supervise_command(arguments: Sequence[str]) -> None:
         return
     recipe = parse_recipe(SUPERVISE, arguments, default="supervise-digits", command="supervise")
     require_data(recipe)
+    check_supervise(recipe)
     from hf_mae.supervise import supervise
 
-    supervise(recipe)
+    supervise(recipe, chosen=chosen_fields(arguments))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,7 @@ def check(recipe: Recipe) -> None:
         if name in values and not holds(values[name]):
             raise ValueError(f"{name}={values[name]} {rule}")
     _check_choices(recipe)
+    warmup_epochs(recipe)
     lr = recipe.optim.base_lr * recipe.global_batch / 256
     if recipe.schedule.min_lr > lr:
         raise ValueError(
@@ -100,6 +101,21 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"evals.split={recipe.evals.split} is the training split; testing on it measures memory, name another"
         )
+
+
+def warmup_epochs(recipe: Recipe) -> float:
+    """Return the length of the warm-up in epochs.
+
+    Raises:
+        ValueError: it is not shorter than the run.
+    """
+    warmup = 0.0 if recipe.schedule.name == "exponential" else recipe.schedule.warmup_epochs  # a warm-up all along
+    if not 0 <= warmup < recipe.epochs:
+        raise ValueError(
+            f"schedule.warmup_epochs={warmup:g} must be at least 0 and below epochs={recipe.epochs:g}; lower "
+            "--schedule.warmup-epochs"
+        )
+    return warmup
 
 
 def _check_choices(group: Any, where: str = "") -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -74,15 +74,25 @@ def open_run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
             lock.release()
 
 
-def find_start(recipe: Recipe, out: Path, accelerator: Accelerator, say: Printer) -> Path | None:
-    """Return the checkpoint to continue from: the run folder's newest whole one, the one asked for, or none."""
+def find_start(
+    recipe: Recipe,
+    out: Path,
+    accelerator: Accelerator,
+    say: Printer,
+    *,
+    as_saved: Callable[[Recipe, Path], Recipe] = lambda recipe, _: recipe,
+) -> Path | None:
+    """Return the checkpoint to continue from: the run folder's newest whole one, the one asked for, or none.
+
+    `as_saved` returns the recipe with what was adapted when the run of a checkpoint was started.
+    """
     found: tuple[Path | None, list[str]] | None = None
     error = None
     if accelerator.is_main_process:
         try:
             found = _choose_checkpoint(recipe, out)
             if found[0] is not None:
-                _check_recipe(recipe, found[0])
+                _check_recipe(as_saved(recipe, found[0]), found[0])
                 if recipe.resume == "auto":
                     prune(found[0], recipe.engine.keep_checkpoints)
         except (ValueError, OSError) as caught:

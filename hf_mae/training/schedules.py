@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from hf_mae.recipes.base import Recipe, Schedule
+from hf_mae.recipes.checks import warmup_epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +69,7 @@ def make_plan(recipe: Recipe, *, steps_per_epoch: float) -> Plan:
         ValueError: the run has no step, or the warm-up is not shorter than the run.
     """
     schedule, epochs = recipe.schedule, recipe.epochs
-    warmup = 0.0 if schedule.name == "exponential" else schedule.warmup_epochs  # which is a warm-up all along
-    if not 0 <= warmup < epochs:
-        raise ValueError(
-            f"schedule.warmup_epochs={schedule.warmup_epochs} must be at least 0 and below epochs={epochs}; lower "
-            "--schedule.warmup-epochs"
-        )
+    warmup = warmup_epochs(recipe)
     # Whole global batches only: what is left of the last epoch is fewer images than one update takes.
     total = recipe.max_steps if recipe.max_steps is not None else math.floor(epochs * steps_per_epoch + 1e-9)
     if total < 1:

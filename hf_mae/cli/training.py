@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from hf_mae.cli.arguments import TRAINED, choose_preset, chosen_fields, list_presets, parse_recipe, parse_with, require_data
+from hf_mae.cli.arguments import (
+    TRAINED,
+    choose_preset,
+    chosen_fields,
+    list_presets,
+    parse_recipe,
+    parse_with,
+    require_data,
+)
 from hf_mae.recipes.checks import check
 from hf_mae.recipes.classification import ClassifierRecipe, check_classifier
 from hf_mae.recipes.mae import PRESETS

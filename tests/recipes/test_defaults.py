@@ -103,7 +103,8 @@ def test_epochs_within_the_warmup_squeeze_it_as_max_steps_does(presets, name, co
 
 
 def test_only_a_warmup_that_does_not_fit_is_squeezed(capsys):
-    assert squeeze_warmup(replace(QUICKSTART, epochs=60), QUICKSTART, {"epochs"}) == (replace(QUICKSTART, epochs=60), [])
+    half = replace(QUICKSTART, epochs=60)
+    assert squeeze_warmup(half, QUICKSTART, {"epochs"}) == (half, [])
     recipe, notes = squeeze_warmup(replace(QUICKSTART, epochs=12), QUICKSTART, {"epochs"})
     assert recipe.schedule.warmup_epochs == 10
     assert "--schedule.warmup-epochs 1" in notes[0]

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         """Let the tokens from position `first` on attend to all tokens.
 
         Args:
-            tokens: [N, L, D].
+            tokens: [N, L, D]; N may be 0.
             first: position of the first token that is computed.
 
         Returns:
@@ -67,7 +67,8 @@ class Attention(nn.Module):
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         query = query[:, :, first:]
         implementation = self.config._attn_implementation or "sdpa"
-        attend = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        is_eager = implementation == "eager" or N == 0  # transformers' functions cannot reshape an empty batch
+        attend = eager_attention if is_eager else ALL_ATTENTION_FUNCTIONS[implementation]
         out, weights = attend(self, query, key, value, attention_mask=None, scaling=(D // self.num_heads) ** -0.5)
         return self.proj(out.reshape(N, L - first, D)), weights
 

@@ -173,7 +173,8 @@ class MAEForImageClassification(MAEPreTrainedModel):
 
         Args:
             pixel_values: [N, C, H, W], normalised.
-            labels: [N] class ids, or [N, num_labels] shares of each class; makes `loss`, cross entropy in float32.
+            labels: [N] class ids, or [N, num_labels] shares of each class; makes `loss`, cross entropy in float32, 0 of
+                an empty batch.
             drop_path_noise: [N, num_drop_path_draws] uniforms in [0, 1); read in training only. A branch is kept where
                 its value is at least its rate. None draws them from PyTorch's global generator if any rate is above 0.
             interpolate_pos_encoding: what to do at another image size, see `pos_embed.positions_for`.
@@ -200,7 +201,8 @@ class MAEForImageClassification(MAEPreTrainedModel):
         # transformers annotates tensors by their legacy type names.
         outputs: dict[str, Any] = {"hidden_states": encoded.hidden_states, "attentions": encoded.attentions}
         if labels is not None:
-            outputs["loss"] = F.cross_entropy(logits.float(), labels)
+            scores = logits.float()
+            outputs["loss"] = F.cross_entropy(scores, labels) if len(scores) else scores.sum()  # not the nan of 0 / 0
         return ImageClassifierOutput(logits=cast(Any, logits), **outputs)
 
     def set_trainable(self, blocks: float | None, *, freeze_pos_embed: bool = False) -> None:

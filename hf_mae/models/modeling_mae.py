@@ -62,7 +62,7 @@ class MAEForPreTrainingOutput(ModelOutput):
     """What a pretraining step returns.
 
     Args:
-        loss: mean squared error over the removed patches of the batch, float32.
+        loss: mean squared error over the removed patches of the batch, float32; 0 of an empty batch.
         pred: [N, L, p * p * C], a prediction for every patch, the visible ones included; None in training unless asked.
         mask: [N, L], 1 = removed.
         ids_restore: [N, L], undoes the shuffle of the patches.
@@ -540,8 +540,9 @@ class MAEForPreTraining(MAEPreTrainedModel):
         pred = self.decode(latent, masking, decoder_pos_embed, removed_only=not return_pred)
         removed = pred[:, masking.len_keep :] if return_pred else pred
         target = make_target(config, _gather(patches, masking.ids_remove))
+        removed = removed.to(target.dtype)
         return MAEForPreTrainingOutput(
-            loss=F.mse_loss(removed.to(target.dtype), target),
+            loss=F.mse_loss(removed, target) if N else removed.sum(),  # the mean of nothing would be nan
             pred=_gather(pred, masking.ids_restore) if return_pred else None,
             mask=encoded.mask,
             ids_restore=encoded.ids_restore,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -86,6 +87,18 @@ def create(spec: TimmSpec) -> nn.Module:
 def drop_paths(model: nn.Module) -> list[PlannedDropPath]:
     """Return the layers of stochastic depth, in the order of the model's modules."""
     return [module for module in model.modules() if isinstance(module, PlannedDropPath)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; each module is as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def has_batch_norm(model: nn.Module) -> bool:

@@ -55,7 +55,7 @@ def binary_targets(
 
 
 def classification_loss(logits: Tensor, labels: Tensor, lam: Tensor, loss: Loss, smoothing: float) -> Tensor:
-    """Return the mean loss of a micro-batch, a float32 scalar.
+    """Return the mean loss of a micro-batch, a float32 scalar; 0 of an empty one.
 
     Args:
         logits: [n, classes].
@@ -65,6 +65,8 @@ def classification_loss(logits: Tensor, labels: Tensor, lam: Tensor, loss: Loss,
         smoothing: share of each label that is spread evenly over all classes.
     """
     logits, num_classes = logits.float(), logits.shape[1]
+    if not len(logits):
+        return logits.sum()  # the mean of nothing would be nan
     if loss.name == "ce":
         targets = mix_targets(labels, lam, num_classes, smoothing)  # [n, classes]
         return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.modeling_mae import MAEForPreTraining
 from hf_mae.models.targets import make_target
-from hf_mae.models.timm_models import classifier, drop_paths, write_timm_folder
+from hf_mae.models.timm_models import classifier, drop_paths, evaluating, write_timm_folder
 from hf_mae.models.timm_spec import TimmSpec
 from hf_mae.recipes.classification import ClassifierAugment, Loss
 from hf_mae.training.losses import classification_loss, trivial_loss
@@ -355,6 +355,9 @@ class TimmClassification(LabelledTask):
             layer.draws = None if noise is None else noise[:, index]
 
     def _features(self, pixels: Tensor) -> Tensor:
+        if not len(pixels):  # not all of timm's models can reshape an empty batch: one image, whose row is cut off
+            with evaluating(self.model):  # without statistics and draws
+                return self._features(pixels.new_zeros(1, *pixels.shape[1:]))[:0]
         # Measured on a CPU: channels last makes networks with depthwise convolutions 1.3 times as fast and those
         # without 1.4 times as slow. The weights stay as they are, which FSDP2 wants.
         if self.has_depthwise or pixels.device.type == "cuda":

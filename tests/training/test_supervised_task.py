@@ -219,3 +219,22 @@ def test_the_model_folder_is_timms(tmp_path):
     with torch.no_grad():
         assert torch.equal(TimmClassification(model, spec).eval().logits(batch), task.logits(batch))
     assert not task.can_attend
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", [Loss(), Loss(name="bce")], ids=["ce", "bce"])
+def test_an_empty_batch_has_no_scores_no_loss_and_leaves_no_trace(kind, training, loss):
+    """Some of timm's models cannot reshape nothing: the rank whose share is empty would take all others down."""
+    task = make(KINDS[kind], loss=loss, drop_rate=0.5).train(training)
+    modes = [module.training for module in task.modules()]
+    before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
+    empty = {name: tensor[:0] for name, tensor in batch_of(task).items()}
+    assert task.logits(empty).shape == (0, 3)
+    assert task.features(empty["pixel_values"]).shape == (0, task.num_features)
+    out = task(empty)["loss"]
+    assert out.item() == 0.0
+    out.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in task.parameters())
+    assert [module.training for module in task.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.state_dict().items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from hf_mae.data.cached import FeatureBatches, Features, digest, read_features, 
 from hf_mae.data.order import DROP_PATH, Order
 from hf_mae.data.sources import Source
 from hf_mae.data.whole import WholeSplit
-from hf_mae.evaluation.features import FrozenFeatures, split_features
+from hf_mae.evaluation.features import FrozenFeatures, logistic_is_too_large, split_features
 from hf_mae.labelled import LabelledTraining, Noise, together
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.modeling_classification import MAEForImageClassification
@@ -183,6 +183,10 @@ class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
                 cached_test = self._encode(test, inner, out, accelerator, say)
         evaluators: list[Evaluator] = []
         if neighbours and cached_test is not None and self.cached is not None:
+            rows, width = self.cached.features.shape
+            if evals.logistic and (too_large := logistic_is_too_large(rows, width, len(self.names))):
+                say(f"note: {too_large}")
+                evals = replace(evals, logistic=False)
             evaluators.append(
                 FrozenFeatures(
                     (self.cached.features, self.cached.labels),

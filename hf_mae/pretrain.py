@@ -19,7 +19,7 @@ from hf_mae.data.examples import load_examples
 from hf_mae.data.images import ImageError, decode_image, eval_image
 from hf_mae.data.order import NOISE, uniforms
 from hf_mae.data.sources import Source, list_splits, open_source
-from hf_mae.evaluation.features import FeatureQuality
+from hf_mae.evaluation.features import FeatureQuality, logistic_is_too_large
 from hf_mae.evaluation.reconstruction import Pictures, reconstruct
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.masking import mask_noise, num_uniforms
@@ -124,6 +124,10 @@ class MaskedPretraining(Training[Recipe]):
                 say("kNN: off, none of the images read has a label")
                 test = None
             shown = test[0] if test else shown
+            classes = int(train[1].max()) + 1
+            too_large = logistic_is_too_large(len(train[1]), self.config.hidden_size, classes) if test else None
+            if evals.probe and too_large:
+                say(f"note: {too_large}")
             evaluators.append(
                 FeatureQuality(
                     train,
@@ -133,7 +137,7 @@ class MaskedPretraining(Training[Recipe]):
                     at_start=evals.at_start,
                     knn=evals.knn,
                     rank=evals.rankme,
-                    probe=evals.probe,
+                    probe=evals.probe and not too_large,
                 )
             )
         if evals.pictures:

@@ -6,7 +6,7 @@ mean of the patch tokens, nothing masked; in classification what the head reads)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+
+QUERIES = 512
+"""Features that one matrix product of the search for neighbours looks up."""
+BANK = 2**17
+"""Features that it looks among: 256 MB of similarities."""
+MAX_LOGISTIC = 5_000_000_000
+"""Training examples * features * classes up to which logistic regression is fitted: 50,000 images of 1,000 features and
+100 classes."""
 
 
 @torch.no_grad()
@@ -95,27 +103,106 @@ def knn_accuracy(
     Returns:
         Fraction of `test` classified correctly.
         Source: Wu et al. 2018, section 3.4, with the settings of Caron et al. 2021 (DINO).
+
+    Raises:
+        ValueError: there is no example to vote, or none to classify.
     """
-    bank, k = F.normalize(train, dim=1), min(k, len(train))
+    return knn_accuracies(train, train_labels, test, test_labels, k=k, temperatures=(temperature,))[0]
+
+
+def knn_accuracies(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 20,
+    temperatures: Sequence[float | None] = (0.07, None),
+    accelerator: Accelerator | None = None,
+) -> list[float]:
+    """Return what `knn_accuracy` does for several temperatures, from one search for the neighbours.
+
+    The search runs on the accelerator's device, blocks of the bank against blocks of queries, so that the device holds
+    `BANK` features and `QUERIES` * `BANK` similarities at a time whatever N and M are. Ranks share the queries and the
+    counts of right answers are added up: the result is the same for any number of them.
+
+    Args:
+        train: as of `knn_accuracy`, the same on every rank; likewise the next three.
+        train_labels: see there.
+        test: see there.
+        test_labels: see there.
+        k: see there.
+        temperatures: of each vote.
+        accelerator: carries device and ranks; the call is then a collective. None is this process alone, on the CPU.
+
+    Raises:
+        ValueError: there is no example to vote, or none to classify.
+    """
+    _check_examples(train, test)
+    device = torch.device("cpu") if accelerator is None else accelerator.device
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    queries = F.normalize(test, dim=1).split(QUERIES)[rank::world]
     classes = int(max(train_labels.max(), test_labels.max())) + 1
-    correct = 0
-    for rows, labels in zip(F.normalize(test, dim=1).split(512), test_labels.split(512), strict=True):
-        similarity, neighbours = (rows @ bank.T).topk(k, dim=1)
-        # Similarities lie in [-1, 1]: k of them over 4k do not outweigh a vote. float64 keeps both.
-        plain = 1 + similarity.double() / (4 * k)
-        # Relative to the nearest: the vote is the same, and no exponential overflows.
-        weights = plain if temperature is None else ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(rows), classes, dtype=weights.dtype)
-        votes.scatter_add_(1, train_labels[neighbours], weights)
-        correct += int((votes.argmax(1) == labels).sum())
-    return correct / len(test_labels)
+    right = torch.zeros(len(temperatures), dtype=torch.int64)
+    found = zip(_nearest(train, queries, k, device), test_labels.split(QUERIES)[rank::world], strict=True)
+    for (similarity, neighbours), labels in found:
+        for i, temperature in enumerate(temperatures):
+            right[i] += (_vote(similarity, train_labels[neighbours], classes, temperature) == labels).sum()
+    if accelerator is not None:
+        total: Any = accelerator.reduce(right.to(device), reduction="sum")
+        right = total.cpu()
+    return [count / len(test_labels) for count in right.tolist()]
+
+
+def _nearest(bank: Tensor, queries: Sequence[Tensor], k: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Return the `k` most similar rows of the bank [N, D] for each block of unit queries [n, D]: on the CPU.
+
+    Returns:
+        For each block, similarities float32 [n, k], the largest first, and rows int64 [n, k].
+    """
+    best: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(bank), BANK):
+        block = F.normalize(bank[start : start + BANK].to(device), dim=1)
+        for i, rows in enumerate(queries):
+            similarity, neighbours = (rows.to(device) @ block.T).topk(min(k, len(block)), dim=1)
+            neighbours += start
+            if start == 0:
+                best.append((similarity, neighbours))
+                continue
+            both = [torch.cat(pair, dim=1) for pair in zip(best[i], (similarity, neighbours), strict=True)]
+            similarity, places = both[0].topk(min(k, both[0].shape[1]), dim=1)
+            best[i] = similarity, both[1].gather(1, places)
+    return [(similarity.cpu(), neighbours.cpu()) for similarity, neighbours in best]
+
+
+def _vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float | None) -> Tensor:
+    """Return the class int64 [n] that wins among neighbours of these similarities and labels [n, k]."""
+    # Similarities lie in [-1, 1]: k of them over 4k do not outweigh a vote. float64 keeps both.
+    plain = 1 + similarity.double() / (4 * similarity.shape[1])
+    # Relative to the nearest: the vote is the same, and no exponential overflows.
+    weights = plain if temperature is None else ((similarity - similarity[:, :1]) / temperature).exp()
+    votes = torch.zeros(len(labels), classes, dtype=weights.dtype)
+    return votes.scatter_add_(1, labels, weights).argmax(1)
+
+
+def _check_examples(train: Tensor, test: Tensor) -> None:
+    if not len(train) or not len(test):
+        raise ValueError(
+            f"{len(train):,} training and {len(test):,} test examples with a label are not enough to compare; name "
+            "splits whose images can be decoded and have labels"
+        )
 
 
 def rankme(features: Tensor) -> float:
     """Return the effective rank of features [N, D]: exp of the entropy of their normalised singular values.
 
     Between 1 (collapsed) and min(N, D). Source: Garrido et al. 2023, "RankMe", equation 1; no labels are needed.
+
+    Raises:
+        ValueError: there are no features.
     """
+    if not len(features):
+        raise ValueError("there are no features to take the rank of; name data whose images can be decoded")
     values = torch.linalg.svdvals(features.double())
     p = values / values.sum() + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
@@ -124,14 +211,55 @@ def rankme(features: Tensor) -> float:
 def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
     """Return the top-1 accuracy of multinomial logistic regression on standardised, frozen features.
 
-    This is a quick probe for small data, not the paper's linear protocol.
+    This is a quick probe for small data, not the paper's linear protocol; `logistic_is_too_large` says what is small.
+
+    Args:
+        train: [N, D] features.
+        train_labels: [N] class indices. If they are all the same, it is predicted.
+        test: [M, D] features to classify.
+        test_labels: [M] class indices.
+
+    Raises:
+        ValueError: there is no example to learn from, or none to classify.
     """
     from sklearn.linear_model import LogisticRegression
 
+    _check_examples(train, test)
+    if (train_labels == train_labels[0]).all():
+        return float((test_labels == train_labels[0]).double().mean())
     mean, std = train.mean(0), train.std(0) + 1e-6
     classifier = LogisticRegression(C=1.0, max_iter=1000)
     classifier.fit(((train - mean) / std).numpy(), train_labels.numpy())
     return float(np.mean(classifier.predict(((test - mean) / std).numpy()) == test_labels.numpy()))
+
+
+def _probe_once(labelled: tuple[Tensor, Tensor, Tensor, Tensor], accelerator: Accelerator) -> float:
+    """Return `probe_accuracy`, computed by the main process for all; what goes wrong there is raised by all."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:  # the others wait at the broadcast instead of doing the same work
+        try:
+            outcome = [probe_accuracy(*labelled)]
+        except Exception as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def logistic_is_too_large(rows: int, features: int, classes: int) -> str | None:
+    """Return a sentence if logistic regression on so many training examples would take too long; None if it would not.
+
+    One process fits it on the CPU while the others wait: up to 1,000 iterations of rows * features * classes products.
+    At `MAX_LOGISTIC` of them one core of a server needs about ten minutes at worst, and a collective waits for thirty.
+    """
+    if rows * features * classes <= MAX_LOGISTIC:
+        return None
+    return (
+        f"logistic regression is left out: {rows:,} training images are more than the "
+        f"{MAX_LOGISTIC // (features * classes):,} that are fitted at {features:,} features and {classes:,} classes; "
+        "the linear probe (hf-mae probe) is for data of this size"
+    )
 
 
 class FeatureQuality:
@@ -145,7 +273,7 @@ class FeatureQuality:
         at_start: also measure the untrained encoder.
         knn: compute the kNN accuracy (needs labels and a test split).
         rank: compute RankMe.
-        probe: compute the logistic probe, at the start and the end only.
+        probe: compute the logistic probe, at the start and the end only; for small data, see `logistic_is_too_large`.
     """
 
     def __init__(
@@ -180,9 +308,10 @@ class FeatureQuality:
             known = self.train[1] >= 0
             labelled = bank[known], self.train[1][known], test[self.test[1] >= 0], self.test[1][self.test[1] >= 0]
             if self.knn:
-                numbers["knn_accuracy"] = knn_accuracy(*labelled)
+                votes = knn_accuracies(*labelled, temperatures=(0.07,), accelerator=self.accelerator)
+                numbers["knn_accuracy"] = votes[0]
             if self.probe and step in {0, self.total}:
-                numbers["probe_accuracy"] = probe_accuracy(*labelled)
+                numbers["probe_accuracy"] = _probe_once(labelled, self.accelerator)
         return numbers
 
     def finish(self, task: nn.Module, step: int) -> None:
@@ -199,7 +328,7 @@ class FrozenFeatures:
         test: the same of the split to classify.
         accelerator: carries the ranks.
         knn: nearest neighbours, weighted and plain.
-        logistic: logistic regression on standardised features; for up to some ten thousand examples.
+        logistic: logistic regression on standardised features; for small data, see `logistic_is_too_large`.
         k: neighbours that vote.
         temperature: of the weighted vote.
     """
@@ -225,16 +354,14 @@ class FrozenFeatures:
     def __call__(self, task: nn.Module, step: int) -> dict[str, float]:
         """Return `knn_top1`, `knn_plain_top1` and `logistic_top1`, as far as asked for."""
         numbers: dict[str, float] = {}
-        if self.accelerator.is_main_process:  # the others wait at the broadcast instead of doing the same work
-            labelled = *self.train, *self.test
-            if self.knn:
-                numbers["knn_top1"] = knn_accuracy(*labelled, k=self.k, temperature=self.temperature)
-                numbers["knn_plain_top1"] = knn_accuracy(*labelled, k=self.k, temperature=None)
-            if self.logistic:
-                numbers["logistic_top1"] = probe_accuracy(*labelled)
-        shared = [numbers]
-        broadcast_object_list(shared)
-        return shared[0]
+        labelled = *self.train, *self.test
+        if self.knn:
+            temperatures = (self.temperature, None)
+            votes = knn_accuracies(*labelled, k=self.k, temperatures=temperatures, accelerator=self.accelerator)
+            numbers |= dict(zip(("knn_top1", "knn_plain_top1"), votes, strict=True))
+        if self.logistic:
+            numbers["logistic_top1"] = _probe_once(labelled, self.accelerator)
+        return numbers
 
     def finish(self, task: nn.Module, step: int) -> None:
         """Nothing is made once."""

@@ -210,7 +210,8 @@ class Evals:
     rankme: bool = True
     """Effective rank of the features (Garrido et al. 2023); needs no labels."""
     probe: bool = False
-    """Logistic regression on frozen features at the end of the run."""
+    """Logistic regression on frozen features at the start and the end of the run. Left out, with a sentence, where
+    `train_examples` * features * classes are more than 5,000,000,000."""
     split: str | None = None
     """Labelled split to test on; None takes `test` or `validation`."""
     train_examples: int = 5000

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_mae.evaluation import features as of_features
 from hf_mae.evaluation.classification import ClassificationQuality, evaluate_real
 from hf_mae.evaluation.features import FrozenFeatures, split_features
 
@@ -58,6 +59,7 @@ def evaluate(accelerator):
     numbers |= evaluate_real(task, test, lambda row: [row % 7, 3] if row % 5 else [], accelerator)
     train, labels, _ = split_features(task, batches(rank, world, 41, 1), accelerator)
     features, test_labels, _ = split_features(task, test, accelerator)
+    of_features.QUERIES, of_features.BANK = 2, 16  # several blocks for every rank, and none left over for the last
     frozen = FrozenFeatures((train, labels), (features, test_labels), accelerator, k=5)
     return {"numbers": numbers | frozen(task, 0), "results": quality.latest["weights"].to_dict()}
 

@@ -6,15 +6,19 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+from hf_mae.evaluation import features
 from hf_mae.evaluation.features import (
     FeatureQuality,
     FrozenFeatures,
     extract_features,
+    knn_accuracies,
     knn_accuracy,
+    logistic_is_too_large,
     probe_accuracy,
     rankme,
     split_features,
@@ -131,6 +135,88 @@ def test_plain_voting_differs_from_weighted_where_the_nearest_is_outvoted():
     labels, test, expected = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]]), torch.tensor([0])
     assert knn_accuracy(train, labels, test, expected, k=3) == 1
     assert knn_accuracy(train, labels, test, expected, k=3, temperature=None) == 0
+
+
+def test_neighbours_are_found_block_by_block_as_all_at_once(monkeypatch):
+    """The bank of ImageNet does not fit beside its similarities; votes are the same whatever the blocks."""
+    train, labels = blobs(300, 1, spread=1.5)
+    test, expected = blobs(130, 2, spread=1.5)
+    whole = [knn_accuracy(train, labels, test, expected, temperature=t) for t in (0.07, None, 1e-3)]
+    exact = F.normalize(test, dim=1).double() @ F.normalize(train, dim=1).double().T
+    nearest = exact.sort(dim=1, descending=True).values[:, :20]
+    for queries, bank in ((512, 2**17), (64, 128), (7, 13), (130, 299), (1, 300)):
+        monkeypatch.setattr(features, "QUERIES", queries)
+        monkeypatch.setattr(features, "BANK", bank)
+        assert knn_accuracies(train, labels, test, expected, temperatures=(0.07, None, 1e-3)) == whole
+        ((similarity, rows),) = features._nearest(train, [F.normalize(test, dim=1)], 20, torch.device("cpu"))
+        torch.testing.assert_close(similarity.double(), nearest, atol=1e-6, rtol=0)
+        torch.testing.assert_close(exact.gather(1, rows), nearest, atol=1e-6, rtol=0)
+        assert all(len(set(row)) == 20 for row in rows.tolist())
+
+
+class Shared:
+    """An accelerator of one of several processes, whose sums over ranks are taken by the test."""
+
+    device, is_main_process = torch.device("cpu"), True
+
+    def __init__(self, rank, world, sums):
+        self.process_index, self.num_processes, self.sums = rank, world, sums
+
+    def reduce(self, tensor, reduction):
+        assert reduction == "sum"
+        self.sums.append(tensor)
+        return torch.stack(self.sums).sum(0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_rank_searches_for_its_own_queries_alone(monkeypatch, world):
+    monkeypatch.setattr(features, "QUERIES", 8)
+    train, labels = blobs(100, 1, spread=1.5)
+    test, expected = blobs(50, 2, spread=1.5)  # seven blocks
+    asked, search = [], features._nearest
+
+    def count(bank, queries, k, device):
+        asked.append(sum(len(block) for block in queries))
+        return search(bank, queries, k, device)
+
+    monkeypatch.setattr(features, "_nearest", count)
+    sums = []
+    for rank in range(world):
+        found = knn_accuracies(train, labels, test, expected, accelerator=Shared(rank, world, sums))
+    assert sum(asked) == 50
+    assert len(asked) == world
+    assert max(asked) <= 8 * math.ceil(7 / world)
+    assert found == knn_accuracies(train, labels, test, expected)
+
+
+def test_nothing_to_compare_is_said():
+    some, labels = blobs(5, 1)
+    for train, test in ((some[:0], some), (some, some[:0])):
+        for measure in (knn_accuracy, probe_accuracy):
+            with pytest.raises(ValueError, match=r"0 (training|test).* examples"):
+                measure(train, labels[: len(train)], test, labels[: len(test)])
+    with pytest.raises(ValueError, match="no features"):
+        rankme(some[:0])
+    assert extract_features(Flat(), torch.zeros(0, 1, 2, 2, dtype=torch.uint8), Accelerator(cpu=True)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_probe_that_saw_one_class_predicts_it(rows):
+    some, _ = blobs(rows, 1)
+    expected = torch.tensor([3, 0, 3, 3])
+    assert probe_accuracy(some, torch.full((rows,), 3), blobs(4, 2)[0], expected) == 0.75
+    evaluator = FrozenFeatures((some, torch.full((rows,), 3)), (blobs(4, 2)[0], expected), Accelerator(cpu=True))
+    assert evaluator(Flat(), 0) == {"knn_top1": 0.75, "knn_plain_top1": 0.75, "logistic_top1": 0.75}
+
+
+def test_logistic_regression_has_a_limit_that_is_said():
+    assert logistic_is_too_large(1437, 384, 10) is None
+    assert logistic_is_too_large(50_000, 1000, 100) is None
+    said = logistic_is_too_large(1_281_167, 768, 1000)
+    assert "1,281,167" in said
+    assert "6,510" in said
+    assert logistic_is_too_large(6_510, 768, 1000) is None
+    assert logistic_is_too_large(6_511, 768, 1000)
 
 
 def as_batches(features, labels, order, size=16):

@@ -43,7 +43,7 @@ from hf_mae.training.checkpoint import (
     read_recipe,
     save_checkpoint,
 )
-from hf_mae.training.distributed import describe_world, gather_objects, make_accelerator
+from hf_mae.training.distributed import describe_world, gather_objects, make_accelerator, prepare
 from hf_mae.training.loop import Evaluator, fit
 from hf_mae.training.memory import keep_freed_memory, largest_micro_batch
 from hf_mae.training.monitors import Clock, Monitor, Printer, Window, can_draw_bars, read_rows
@@ -201,7 +201,7 @@ def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accele
     parameters = sum(p.numel() for p in task.parameters())
     trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)
     optimizer: Any = training.optimizer(task)
-    task, optimizer = accelerator.prepare(task, optimizer)
+    task, optimizer = prepare(accelerator, task, optimizer)
     inner = accelerator.unwrap_model(task)
     for method in training.forward_methods:  # only FSDP2 takes notice
         register_fsdp_forward_method(inner, method)

@@ -4,7 +4,11 @@ Launch forms that work (measured; `accelerate launch --cpu --num_processes 2` si
 
     python scripts/pretrain.py ...                                            one process
     accelerate launch --multi_gpu --num_processes 8 scripts/pretrain.py ...   one process per GPU
+    accelerate launch --config_file scripts/configs/fsdp2.yaml scripts/pretrain.py ...   FSDP2
     torchrun --standalone --nproc_per_node 2 scripts/pretrain.py ...          works without a GPU as well (gloo)
+
+`accelerate config` offers more than this package supports; `make_accelerator` takes what works, and refuses or replaces
+the rest. docs/clusters.md shows how to start on Slurm.
 """
 
 from __future__ import annotations
@@ -13,13 +17,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_mae.recipes.base import Engine
@@ -29,20 +40,35 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others; what one of them waits for, such as the Hub, has to take less."""
 
 
+WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where MPI launchers say how many processes they started."""
+
+
 def make_accelerator(engine: Engine) -> Accelerator:
-    """Start Accelerate and refuse a world that is not the one that was asked for.
+    """Start Accelerate, and refuse a launch that is not the one that was asked for or that would not work.
 
     Raises:
+        ValueError: `accelerate config` chose a way of training that is not supported, or `engine.precision` does not
+            work on this device.
         RuntimeError: the launcher started another number of processes than Accelerate uses, or than
-            `engine.expect_processes` says. Without this check two processes would each believe to be alone and write
-            one run folder.
+            `engine.expect_processes` says. Without this check several processes would each believe to be alone and
+            write one run folder.
     """
+    _refuse_separate_tasks()
+    plugin = _fsdp_plugin(engine)
+    has_gpu = torch.accelerator.is_available()
+    if engine.precision == "fp16" and not has_gpu:
+        raise ValueError("engine.precision=fp16 needs a GPU; use --engine.precision bf16 or no")
     if engine.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     accelerator = Accelerator(
         # Without a GPU, Accelerate joins the launched processes only when told to use the CPU.
-        cpu=not torch.accelerator.is_available(),
+        cpu=not has_gpu,
         mixed_precision=engine.precision,
+        fsdp_plugin=plugin,
+        # The recipe decides, not the environment, which could divide every loss or compile the model.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
             # Not static_graph: it fails when the first micro-batch runs without synchronisation (torch 2.14), and every
@@ -51,10 +77,12 @@ def make_accelerator(engine: Engine) -> Accelerator:
         ],
     )
     torch.set_num_threads(choose_threads(torch.get_num_threads()))
-    launched, used = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
-    if launched != used:
+    used = accelerator.num_processes
+    said = [name for name in WORLD_SIZES if "WORLD_SIZE" not in os.environ and name in os.environ]
+    name = said[0] if said else "WORLD_SIZE"
+    if (launched := _number(name)) != used:
         raise RuntimeError(
-            f"the launcher started WORLD_SIZE={launched} process(es) but Accelerate uses {used}; they would "
+            f"the launcher started {name}={launched} process(es) but Accelerate uses {used}; they would "
             "overwrite each other. Without a GPU set ACCELERATE_USE_CPU=true, or use: "
             "torchrun --nproc_per_node N scripts/pretrain.py"
         )
@@ -67,19 +95,135 @@ def make_accelerator(engine: Engine) -> Accelerator:
     return accelerator
 
 
+def _number(name: str, default: int = 1) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else default
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _refuse_separate_tasks() -> None:
+    """Refuse several tasks of one Slurm step that no launcher has joined: each would be a whole run.
+
+    A batch script and an interactive shell see SLURM_NTASKS, but are one task: SLURM_STEP_NUM_TASKS tells them apart.
+    """
+    tasks = _number("SLURM_STEP_NUM_TASKS")
+    if tasks > 1 and "SLURM_PROCID" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"srun started {tasks} tasks (SLURM_STEP_NUM_TASKS={tasks}), and each would be a run of its own in one "
+            "folder; start one task per node, which starts the processes: srun --ntasks-per-node=1 torchrun --nnodes "
+            "$SLURM_NNODES --nproc_per_node 8 --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint HOST:29500 "
+            "scripts/pretrain.py ... (docs/clusters.md), or set WORLD_SIZE=1 if each task has its own --out"
+        )
+
+
+def _fsdp_plugin(engine: Engine) -> FullyShardedDataParallelPlugin | None:
+    """Return FSDP2 as this package needs it where the launcher asks for FSDP, else None.
+
+    Two settings are not the ones that `accelerate config` makes by default:
+
+    - "CPU RAM efficient loading" leaves the weights of all ranks but the first empty, and fails on buffers, such as the
+      position tables. Every rank makes or reads the weights itself.
+    - With bf16 the policy of Accelerate also casts inputs, losses and gradient sums to bf16, and so changes masks:
+      noise from 0.5 to 1 has 128 values in bf16, 2 ** 23 in float32. Here autocast chooses, operation by operation, as
+      without FSDP; weights and gradients travel as float32, twice the bytes.
+
+    Raises:
+        ValueError: DeepSpeed, Megatron-LM, FSDP1, parallelism other than over data, or an option of FSDP that is not
+            supported.
+    """
+    for variable, what in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
+    ):
+        if _is_on(variable):
+            raise ValueError(
+                f"`accelerate config` chose {what} ({variable}={os.environ[variable]}), which is not supported; shard "
+                "the model with FSDP2: accelerate launch --config_file scripts/configs/fsdp2.yaml"
+            )
+    if not _is_on("ACCELERATE_USE_FSDP"):
+        return None
+    found = _number("FSDP_VERSION")
+    if found != 2:
+        raise ValueError(
+            f"FSDP version {found} (`--use_fsdp` alone means 1) is not supported; add --fsdp_version 2 to "
+            "`accelerate launch`, or choose 2 in `accelerate config`"
+        )
+    if engine.precision == "fp16":
+        raise ValueError(
+            "engine.precision=fp16 does not work with FSDP, whose gradient scaler does not fit fused optimizers; use "
+            "--engine.precision bf16"
+        )
+    if _is_on("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError(
+            "fsdp_offload_params=true is not supported; set it to false, and save memory with "
+            "--engine.checkpoint-activations blocks or a smaller --micro-batch"
+        )
+    if _is_on("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ValueError(
+            "fsdp_activation_checkpointing=true would change the names of the weights; set it to false and use "
+            "--engine.checkpoint-activations blocks"
+        )
+    names = [name for name in os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if name.strip()]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy=cast(Any, os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")),
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        cpu_ram_efficient_loading=False,  # also sets the environment variable that transformers reads
+    )
+    plugin.transformer_cls_names_to_wrap = names or None  # None: what the task names; an empty answer is read as [""]
+    return plugin
+
+
+def prepare(accelerator: Accelerator, task: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+    """Wrap task and optimizer for the ranks that were started. A collective: call it on all ranks.
+
+    Raises:
+        ValueError: a class that `accelerate config` wraps by is not in the model.
+    """
+    names = getattr(getattr(accelerator.state, "fsdp_plugin", None), "transformer_cls_names_to_wrap", None) or []
+    there = {type(module).__name__ for module in task.modules()}
+    if missing := [name for name in names if name not in there]:
+        raise ValueError(
+            f"fsdp_transformer_layer_cls_to_wrap={','.join(names)}: this model has no layer of class {missing[0]}; "
+            "leave it empty, and the blocks are found"
+        )
+    task, optimizer = accelerator.prepare(task, optimizer)
+    return task, optimizer
+
+
 def describe_world(accelerator: Accelerator) -> str:
-    """Return one line: how many processes, on what, in which precision, and whether the launcher asked for another."""
+    """Return one line: how many processes, on what, in which precision, and what was asked for but is not used."""
     n = accelerator.num_processes
-    kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
+    kind = "FSDP2" if accelerator.is_fsdp2 else str(accelerator.distributed_type).rsplit(".", 1)[-1]
     used = accelerator.mixed_precision
+    device = accelerator.device.type
+    if device == "cuda":
+        device += f" ({torch.cuda.get_device_name(accelerator.device)})"
     line = (
-        f"{n} process{'es' if n > 1 else ''} ({kind}) on {accelerator.device.type}, precision {used}, "
+        f"{n} process{'es' if n > 1 else ''} ({kind}) on {device}, precision {used}, "
         f"{describe_threads(torch.get_num_threads())}"
     )
     if (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", used)) not in (used, "no"):
         line += f" (the {asked} of `accelerate config` is not used: --engine.precision {asked} chooses it)"
-    if accelerator.device.type == "cuda" and used == "no" and torch.get_float32_matmul_precision() == "highest":
-        line += " (float32 leaves most of a GPU unused: --engine.precision bf16, or --engine.tf32)"
+    if _is_on("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
+        line += " (the FSDP of `accelerate config` is not used: it needs more than one process, each with a GPU)"
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        line += " (the dynamo backend of `accelerate config` is not used: --engine.compile compiles the blocks)"
+    if accelerator.device.type == "cuda":
+        if used == "no" and torch.get_float32_matmul_precision() == "highest":
+            line += " (float32 leaves most of a GPU unused: --engine.precision bf16, or --engine.tf32)"
+        local, visible = _number("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
+        if local < visible:
+            line += (
+                f" ({local} of {visible} GPUs used: accelerate launch --multi_gpu --num_processes {visible} "
+                "scripts/pretrain.py ... uses all)"
+            )
+    if n == 1 and (tasks := _number("SLURM_NTASKS")) > 1:
+        line += f" (warning: SLURM_NTASKS={tasks} but this is one process: docs/clusters.md shows how to start more)"
     return line
 
 

@@ -163,9 +163,10 @@ def sweep(what: str, given: argparse.Namespace) -> None:
     variants: dict[str, Recipe] = {}
     if what == "rotation":
         base = recipe.augment
-        variants["one of 40"] = recipe
-        variants["15 and 25"] = replace(recipe, augment=replace(base, rotate=(15.0, 25.0)))
-        black = replace(base, rotate=(15.0, 25.0), rotate_resample="nearest", rotate_fill="black")
+        variants["sum of 15 and 25"] = recipe
+        variants["one of 40"] = replace(recipe, augment=replace(base, rotate=(40.0,), rotate_once=False))
+        variants["15 and 25"] = replace(recipe, augment=replace(base, rotate_once=False))
+        black = replace(base, rotate_once=False, rotate_resample="nearest", rotate_fill="black")
         variants["15 and 25, black"] = replace(recipe, augment=black)
     else:
         for name, augment in BIRD_AUGMENTS.items():

@@ -79,7 +79,8 @@ def augmentation(recipe: Mapping[str, Any]) -> Fact | str:
         words[0] += f" (area {group['scale'][0]:g} to {group['scale'][1]:g})"
     words += [word for word, on in (("flip", group.get("flip")), ("vertical flip", group.get("vertical_flip"))) if on]
     if angles := group.get("rotate"):
-        words.append("rotation by up to " + ", then ".join(f"{a:g}" for a in angles) + " degrees")
+        joined = (" + " if group.get("rotate_once") else ", then ").join(f"{a:g}" for a in angles)
+        words.append(f"rotation by up to {joined} degrees")
     for name, word in (("color_jitter", "colour jitter"), ("auto_augment", "AutoAugment"), ("rand_augment", "")):
         if value := group.get(name):
             words.append(f"{word} {value}".strip())

@@ -291,20 +291,24 @@ def _resize_fast(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 def _transform(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:
     """Do all that comes between the flips and erasing; the size stays."""
     if augment.auto_augment is not None:
-        image = auto_augment(image, augment.auto_augment, u[AUTO_AUGMENT:ROTATE], augment.mean)
+        resample = Image.Resampling.NEAREST if augment.rotate_resample == "nearest" else Image.Resampling.BICUBIC
+        image = auto_augment(image, augment.auto_augment, u[AUTO_AUGMENT:ROTATE], _rotate_fill(augment), resample)
     if augment.rand_augment is not None:
         image = parse_rand_augment(augment.rand_augment)(image, u[RAND_AUGMENT:VERTICAL_FLIP], augment.mean)
     return _jitter(_rotate(image, u, augment), u, augment)
 
 
 def _rotate(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:
-    """Rotate by each of `augment.rotate` in turn, about the middle; every rotation reads the picture anew."""
+    """Rotate about the middle by each of `augment.rotate` in turn, or once by their sum."""
     resample = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}[augment.rotate_resample]
-    black = augment.rotate_fill == "black"
-    fill = fill_colour([0.0] * len(augment.mean) if black else augment.mean)
-    for i, limit in enumerate(augment.rotate):
-        image = image.rotate(limit * (2 * float(u[ROTATE + i]) - 1), resample, fillcolor=fill)
+    angles = [limit * (2 * float(u[ROTATE + i]) - 1) for i, limit in enumerate(augment.rotate)]
+    for angle in [math.fsum(angles)] if augment.rotate_once and angles else angles:
+        image = image.rotate(angle, resample, fillcolor=fill_colour(_rotate_fill(augment)))
     return image
+
+
+def _rotate_fill(augment: Augment) -> Sequence[float]:
+    return [0.0] * len(augment.mean) if augment.rotate_fill == "black" else augment.mean
 
 
 def _jitter(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:

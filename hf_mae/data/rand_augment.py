@@ -149,7 +149,8 @@ def auto_augment(
     image: Image.Image,
     policy: Literal["original", "v0"],
     u: Sequence[float] | npt.NDArray[np.float64],
-    mean: Sequence[float],
+    fill: Sequence[float],
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:
     """Apply one of a policy's pairs of operations, each with its own probability and strength.
 
@@ -157,7 +158,8 @@ def auto_augment(
         image: in mode RGB or L.
         policy: as timm names it: of the paper, or of TensorFlow's EfficientNet.
         u: `AUTO_AUGMENT_DRAWS` uniforms in [0, 1): which pair, then application and sign of each operation.
-        mean: as in `RandAugment`.
+        fill: colour of what comes into view at the border, one number in [0, 1] for each channel.
+        resample: how rotations, shears and shifts read a pixel; timm's is bicubic, torchvision's nearest.
 
     Returns:
         A picture of the same mode and size.
@@ -165,7 +167,7 @@ def auto_augment(
     pairs = _policy(policy)
     for i, (name, prob, level) in enumerate(pairs[int(float(u[0]) * len(pairs))]):
         if u[1 + 2 * i] < prob:
-            image = apply_op(image, name, level, negative=bool(u[2 + 2 * i] >= 0.5), mean=mean)
+            image = apply_op(image, name, level, negative=bool(u[2 + 2 * i] >= 0.5), mean=fill, resample=resample)
     return image
 
 
@@ -183,7 +185,15 @@ def fill_colour(mean: Sequence[float]) -> int | tuple[int, ...]:
     return tuple(fill) if len(fill) > 1 else fill[0]
 
 
-def apply_op(image: Image.Image, name: str, level: float, *, negative: bool, mean: Sequence[float]) -> Image.Image:
+def apply_op(
+    image: Image.Image,
+    name: str,
+    level: float,
+    *,
+    negative: bool,
+    mean: Sequence[float],
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
     """Apply one of timm's operations at a strength.
 
     Args:
@@ -192,12 +202,13 @@ def apply_op(image: Image.Image, name: str, level: float, *, negative: bool, mea
         level: strength on the scale of `LEVELS`.
         negative: turn, shear, shift or fade the other way.
         mean: as in `RandAugment`.
+        resample: as in `auto_augment`.
     """
     return operations()[name](
         image,
         *op_arguments(name, level, negative=negative),
         # One number, not a choice of two: timm would draw it.
-        resample=Image.Resampling.BICUBIC,
+        resample=resample,
         fillcolor=fill_colour(mean),
     )
 

@@ -21,7 +21,8 @@ STRATEGIES: tuple[MaskStrategy, ...] = ("random", "block", "grid")
 BLOCK_MIN_PATCHES = 16  # Bao et al. 2021, Algorithm 1, for a grid of 14 x 14
 BLOCK_MIN_ASPECT = 0.3  # the same; the largest aspect ratio is its inverse
 BLOCK_ATTEMPTS = 40
-"""Blocks tried per sample. At 75 % of 14 x 14 they leave 0.004 patches on average, at most 1, over 512 samples."""
+"""Blocks tried per sample. Of 14 x 14 they leave nothing to remove at 50 %; at 75 %, over 512 samples, they leave .002
+to .03 patches on average and 1 to 5 at most, by seed. `mask_noise` fills what is left, so the ratio stays exact."""
 
 
 def count_kept(num_patches: int, mask_ratio: float) -> int:

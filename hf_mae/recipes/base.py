@@ -139,10 +139,13 @@ class Augment:
     """Turn half of the images upside down."""
     rotate: tuple[float, ...] = ()
     """Rotations, one after the other, each by an angle uniform in plus or minus so many degrees."""
+    rotate_once: bool = False
+    """Rotate once, by the sum of the angles of `rotate`: pixels are read once, and corners are lost once."""
     rotate_resample: Literal["bilinear", "nearest"] = "bilinear"
-    """How a rotated pixel is read."""
+    """How a rotated pixel is read. `nearest` holds for AutoAugment's rotations, shears and shifts too, as in
+    torchvision; without it they are bicubic, as in timm."""
     rotate_fill: Literal["mean", "black"] = "mean"
-    """Colour of the corners a rotation leaves: `augment.mean`, or black."""
+    """Colour of the corners a rotation leaves, AutoAugment's too: `augment.mean`, or black."""
     auto_augment: Literal["original", "v0"] | None = None
     """AutoAugment's policy for ImageNet (Cubuk et al. 2019) as timm names it: of the paper, or of TensorFlow's code."""
     rand_augment: str | None = None

@@ -25,6 +25,7 @@ from hf_mae.data.augment import (
     RAND_AUGMENT,
     ROTATE,
     VERTICAL_FLIP,
+    _rotate,
     augment_image,
     check_augment,
     clamped_crop_box,
@@ -37,6 +38,7 @@ from hf_mae.data.images import decode_image, eval_image
 from hf_mae.data.order import uniforms
 from hf_mae.data.rand_augment import INCREASING_OPS, OPS, RandAugment, apply_op, op_arguments, parse_rand_augment
 from hf_mae.recipes.base import Augment
+from hf_mae.recipes.supervised import BIRD_AUGMENTS, SUPERVISE
 from tests.data.samples import picture
 
 FINETUNE = Augment(scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1", erase_prob=0.25)
@@ -492,6 +494,42 @@ def test_rotations_are_torchvisions_one_after_the_other(resample):
         assert np.array_equal(found, np.asarray(expected).transpose(2, 0, 1))
 
 
+class Rotated:
+    """Records by how much it was rotated."""
+
+    def __init__(self):
+        self.angles = []
+
+    def rotate(self, angle, resample, *, fillcolor):
+        self.angles.append(angle)
+        return self
+
+
+def test_rotations_at_once_are_one_by_the_sum_of_the_angles():
+    image, rng = smooth(40), np.random.default_rng(1)
+    for resample in ("bilinear", "nearest"):
+        augment = Augment(crop="resize", flip=False, rotate=(15.0, 25.0), rotate_once=True, rotate_resample=resample)
+        u = rng.random(num_uniforms(augment))
+        angle = 15 * (2 * u[ROTATE] - 1) + 25 * (2 * u[ROTATE + 1] - 1)
+        mode = Image.Resampling[resample.upper()]
+        expected = image.rotate(angle, mode, fillcolor=(124, 116, 104))
+        assert np.array_equal(augment_image(image, u, (40, 40), augment), np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_the_corrected_birds_turn_as_far_as_the_slides_in_the_end():
+    """15 and 25 degrees, which the slides took because 20 and 40 were too much: sd 16.8, 15 % beyond 25."""
+    for name in ("rexnet-birds-corrected", "rexnet-birds-published-intended", "efficientnet-b0-birds"):
+        augment, rng, angles = SUPERVISE[name].augment, np.random.default_rng(0), []
+        for u in rng.random((20_000, num_uniforms(augment))):
+            turned = Rotated()
+            _rotate(turned, u, augment)
+            assert len(turned.angles) == (2 if "published" in name else 1)
+            angles.append(sum(turned.angles))
+        assert np.std(angles) == pytest.approx((30**2 / 12 + 50**2 / 12) ** 0.5, abs=0.3)
+        assert np.mean(np.abs(angles) > 25) == pytest.approx(0.15, abs=0.01)
+        assert np.abs(angles).max() <= 40
+
+
 def test_corners_that_a_rotation_leaves_have_the_mean_colour_or_are_black():
     for fill, colour in (("mean", [124, 116, 104]), ("black", [0, 0, 0])):
         augment = Augment(crop="resize", flip=False, rotate=(45.0,), rotate_fill=fill)
@@ -536,6 +574,17 @@ def test_auto_augment_is_that_of_timm_on_the_same_draws(policy, channels, monkey
             changed |= {which} if expected.tobytes() != image.tobytes() else set()
     assert len(pairs) == 25
     assert len(changed) > 15
+
+
+def test_slide_d_reads_the_nearest_pixel_and_fills_with_black():
+    """As torchvision's AutoAugment does; timm's, and ours unless told otherwise, is bicubic on the mean colour."""
+    image, slide = smooth(24), replace(BIRD_AUGMENTS["d"], erase_prob=0.0)
+    timms = replace(slide, rotate_resample="bilinear", rotate_fill="mean")
+    u = np.zeros(num_uniforms(slide))
+    u[AUTO_AUGMENT : AUTO_AUGMENT + 5] = 10.5 / 25, 0, 0, 0.99, 0  # rotates by 24 degrees, and leaves the colours
+    for augment, mode, colour in ((slide, "NEAREST", (0, 0, 0)), (timms, "BICUBIC", (124, 116, 104))):
+        expected = np.asarray(image.rotate(24, Image.Resampling[mode], fillcolor=colour)).transpose(2, 0, 1)
+        assert np.array_equal(augment_image(image, u, (24, 24), augment), expected)
 
 
 # ------------------------------------------------------------------------------------------------ all together

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_mae.models import masking
 from hf_mae.models.masking import count_kept, mask_from_noise, mask_noise, num_uniforms
 
 CASES = [
@@ -80,6 +81,17 @@ def test_blocks_remove_more_neighbours_together_than_chance():
     # 98 removed patches have 364 * 0.25 = 91 adjacent pairs by chance; rectangles have more than 120.
     assert neighbours(chance) < 95
     assert neighbours(block) > 120
+
+
+@pytest.mark.parametrize(("ratio", "mean", "most"), [(0.5, 0.0, 0), (0.75, 0.03, 5)])
+def test_blocks_leave_as_few_patches_as_their_docstring_says(ratio, mean, most):
+    for seed in range(3):
+        draws = draw("block", (14, 14), 512, seed)[:, 196:].double().numpy().reshape(-1, masking.BLOCK_ATTEMPTS, 4)
+        removed = 196 - count_kept(196, ratio)
+        left = removed - masking._remove_blocks(draws, (14, 14), removed).sum(axis=(1, 2))
+        assert left.min() >= 0
+        assert left.mean() <= mean
+        assert left.max() <= most
 
 
 def test_blocks_reach_every_patch():

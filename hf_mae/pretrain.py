@@ -168,7 +168,12 @@ class MaskedPretraining(Training[Recipe]):
         for name, title in names:
             values = [(row["step"], row[name]) for row in rows if name in row]
             if values and values[0][0] == 0:
-                say(f"{title}: {values[0][1]:.3f} untrained -> {values[-1][1]:.3f} after {values[-1][0]} updates")
+                width = self.config.hidden_size
+                meaning = f" (directions the features use, 1 to {width}: higher is better)" if name == "rankme" else ""
+                say(
+                    f"{title}: {values[0][1]:.3f} untrained -> {values[-1][1]:.3f} after {values[-1][0]} updates"
+                    f"{meaning}"
+                )
         if pictures := sorted((out / "pictures").glob("*.png")):
             say(f"reconstructions: {pictures[-1]}")
         if model := last_model(out):

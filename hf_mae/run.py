@@ -161,6 +161,8 @@ def run(training: Training[Any], chosen: Chosen = None) -> Path:
     if recipe.engine.keep_freed_memory:
         keep_freed_memory()
     say(f"hf_mae: {recipe.name}, {describe_world(accelerator)}")
+    if advice := precision_advice(recipe, accelerator.device.type):
+        say(advice)
     with open_run_folder(recipe, accelerator) as out:
         _run(training, chosen, out, accelerator, say)
         accelerator.wait_for_everyone()  # the process group stays: a sweep or a script may start another run
@@ -439,6 +441,16 @@ def last_model(out: Path) -> Path | None:
     """Return the model folder of the newest checkpoint of a run, or None."""
     whole = list_checkpoints(out / "checkpoints")
     return whole[-1] / "model" if whole else None
+
+
+def precision_advice(recipe: Recipe, device: str) -> str | None:
+    """Return what to set on a GPU where the recipe computes in float32, as every preset does; None elsewhere."""
+    if device != "cuda" or recipe.engine.precision != "no" or recipe.engine.tf32:
+        return None
+    return (
+        "note: engine.precision=no computes in float32, and the papers trained with mixed precision; on a GPU set "
+        "--engine.precision bf16 (fp16 on one without it), or --engine.tf32 where float32 has to stay"
+    )
 
 
 def data_advice(recipe: Recipe, rows: list[dict[str, Any]]) -> str | None:

@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +309,9 @@ def _check(recipe: Recipe) -> None:
         check_labelled(recipe)
     else:
         check(recipe)
+        MAEConfig(**asdict(recipe.model))  # refuses what no model can be made of
+    if isinstance(recipe, ClassifierRecipe) and not recipe.init_from:
+        MAEConfig(**{name: value for name, value in asdict(recipe.model).items() if value is not None})
     check_augment(recipe.augment)
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
 from hf_mae.cli import main, parse_recipe
 from hf_mae.pretrain import MaskNoise, pretrain
-from hf_mae.recipes.base import Data, Evals
+from hf_mae.recipes.base import Data, Engine, Evals
 from hf_mae.recipes.mae import PRESETS, QUICKSTART
-from hf_mae.run import data_advice
+from hf_mae.run import data_advice, precision_advice
 
 CLOCK = {"images_per_second", "seconds_waiting_for_data", "waiting_share"}
 
@@ -160,7 +160,10 @@ def test_unlabelled_data_runs_without_knn(recipe, tmp_path, capsys):
     for i in range(70):
         Image.fromarray(rng.integers(0, 256, (12, 10), np.uint8)).save(folder / f"{i}.png")
     out = pretrain(replace(recipe, data=Data(path=str(folder)), evals=Evals()))
-    assert "kNN: off, the training split has no labels" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "kNN: off, the training split has no labels" in said
+    assert "directions the features use, 1 to" in next(line for line in said.splitlines() if line.startswith("RankMe"))
+    assert "higher is better" in said
     assert "rankme" in rows(out)[0]
     assert "knn_accuracy" not in rows(out)[0]
 
@@ -309,6 +312,13 @@ def test_repeated_samples_train_and_resume_to_the_same_bits(recipe, tmp_path):
 def test_a_batch_that_repeats_do_not_divide_is_refused_before_data_is_opened(recipe):
     with pytest.raises(ValueError, match=r"global_batch=64 is not a multiple of data\.repeats=3"):
         pretrain(replace(recipe, data=replace(recipe.data, repeats=3, path="nowhere")))
+
+
+def test_float32_on_a_gpu_is_said_with_what_to_set(recipe):
+    assert "--engine.precision bf16" in precision_advice(recipe, "cuda")
+    assert precision_advice(recipe, "cpu") is None
+    for engine in (Engine(precision="bf16"), Engine(tf32=True)):
+        assert precision_advice(replace(recipe, engine=engine), "cuda") is None
 
 
 def test_a_run_that_waits_for_data_says_what_helps(recipe):

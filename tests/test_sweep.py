@@ -242,6 +242,19 @@ def test_partial_finds_mistakes_before_the_first_run(recipe, unlabelled, never):
         sweep_partial(untested, blocks=(0,))
 
 
+@pytest.mark.parametrize(
+    ("field", "values", "said"),
+    [
+        ("model.target", ["pixel", "pca"], "target=pca is not available yet"),
+        ("model.patch_size", [2, 3], "image_size=8 is not a multiple of patch_size=3"),
+        ("model.mask_strategy", ["random", "cross"], "mask_strategy='cross' is unknown"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_found_before_the_first_run(field, values, said, never):
+    with pytest.raises(ValueError, match=said):
+        sweep_over(QUICKSTART, field, values)
+
+
 def test_seeds_of_pretraining_need_a_number_to_compare(unlabelled, never):
     with pytest.raises(ValueError, match=r"evals.knn=False measures no knn_accuracy"):
         sweep_seeds(replace(QUICKSTART, evals=replace(QUICKSTART.evals, knn=False)))

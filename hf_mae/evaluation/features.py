@@ -196,7 +196,8 @@ def _check_examples(train: Tensor, test: Tensor) -> None:
 def rankme(features: Tensor) -> float:
     """Return the effective rank of features [N, D]: exp of the entropy of their normalised singular values.
 
-    Between 1 (collapsed) and min(N, D). Source: Garrido et al. 2023, "RankMe", equation 1; no labels are needed.
+    About how many directions the features use: between 1 (collapsed) and min(N, D). Higher is better, between models of
+    one width on the same images. Source: Garrido et al. 2023, "RankMe", equation 1; no labels are needed.
 
     Raises:
         ValueError: there are no features.

@@ -30,7 +30,11 @@ VIT_SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The architecture and the objective: the fields of `hf_mae.MAEConfig`, with its defaults (ViT-B)."""
+    """The architecture and the objective: the fields of `hf_mae.MAEConfig`, with its defaults (ViT-B) but for one.
+
+    `norm_pix_loss` is True here, as in the paper's best runs, and False in `MAEConfig`, as in `ViTMAEConfig`: a
+    config.json that does not say means raw pixels.
+    """
 
     image_size: Size = 224
     """Input height and width in pixels: one number, or two for non-square images."""
@@ -63,9 +67,9 @@ class Model:
     mask_tokens_in_encoder: bool = False
     """Feed mask tokens to the encoder, as BEiT does (paper, Table 1c): slower and worse."""
     target: Literal["pixel", "pca", "token"] = "pixel"
-    """What is predicted (paper, Table 1d)."""
+    """What is predicted (paper, Table 1d). Only `pixel`: pca and token are not available yet, and are refused."""
     norm_pix_loss: bool = True
-    """Normalise each target patch by its own mean and standard deviation."""
+    """Normalise each target patch by its own mean and standard deviation (paper, Table 1d); off: raw pixels."""
     pos_embed: Literal["sincos", "learned"] = "sincos"
     """Fixed 2-D sine-cosine positions, or learned ones."""
 
@@ -211,7 +215,8 @@ class Evals:
     knn: bool = True
     """Weighted k-nearest-neighbour accuracy of the encoder on a labelled split, when there is one."""
     rankme: bool = True
-    """Effective rank of the features (Garrido et al. 2023); needs no labels."""
+    """RankMe, the effective rank of the features (Garrido et al. 2023): about how many directions they use, from 1
+    (collapsed) to their width; higher is better between runs of one width on the same data. Needs no labels."""
     probe: bool = False
     """Logistic regression on frozen features at the start and the end of the run. Left out, with a sentence, where
     `train_examples` * features * classes are more than 5,000,000,000."""
@@ -230,7 +235,9 @@ class Engine:
     """How the computation is carried out. Nothing here is meant to change what is learned."""
 
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast type of the forward pass; loss, targets and weights stay float32."""
+    """Autocast type of the forward pass; loss, targets and weights stay float32. `no` is float32 throughout, and the
+    default of every preset: any device has it, and a CPU gives the same bits at every start. The papers trained with
+    mixed precision: on a GPU set bf16 (fp16 on one without it)."""
     compile: bool = False
     """Compile each transformer block. Takes about a minute; meant for GPUs."""
     tf32: bool = False

@@ -40,6 +40,42 @@ def test_every_preset_survives_json_and_builds(name):
     assert choose_micro_batch(recipe, 1) <= 64
 
 
+@pytest.mark.parametrize(
+    ("name", "norm_pix", "raw"),
+    [
+        ("mae-vit-l-100ep", (), ("82.3", "57.3")),
+        ("mae-vit-l-800ep", ("85.4", "73.9"), ("84.9", "73.5")),
+        ("mae-vit-l-1600ep", ("85.9", "75.8"), ("85.1", "75.1")),
+        ("mae-vit-b-1600ep", ("83.6", "68.0"), ()),
+        ("mae-vit-h-1600ep", ("86.9", "76.6"), ()),
+    ],
+)
+def test_the_paper_presets_say_which_number_is_of_which_loss(name, norm_pix, raw):
+    recipe = PRESETS[name]
+    assert recipe.model.norm_pix_loss
+    ours, _, theirs = recipe.expected.partition("Fig. 7")
+    assert all(number in ours and number not in theirs for number in norm_pix)
+    assert all(number in theirs and number not in ours for number in raw)
+    assert not raw or "raw pixels" in theirs
+    assert norm_pix or "not published with norm-pix" in ours
+
+
+@pytest.mark.parametrize("target", ["pca", "token"])
+def test_a_target_that_does_not_exist_yet_is_refused_and_help_says_so(target, capsys, tmp_path):
+    from hf_mae.cli import main
+
+    with pytest.raises(ValueError, match=rf"model.target={target} is not available yet; use pixel"):
+        check(replace(PRESETS["mae-vit-b"], model=Model(target=target)))
+    for command in (["pretrain", "mae-vit-b"], ["plan", "mae-vit-b"], ["lr-find", "pretrain", "mae-vit-b"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--model.target", target, "--data.path", str(tmp_path)])
+        assert "not available yet" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["pretrain", "mae-vit-b", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "pca and token are not available yet" in words
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_presets_state_table_8(name):
     recipe = PRESETS[name]

@@ -47,6 +47,7 @@ LABELLED = {"cifar10": 500, "birds": None}
 """Labelled training images of each class; None is all."""
 SCRATCH = ["--model.patch-size", "{patch}", "--model.image-size", "{size}", "--model.hidden-size", "96"]
 SCRATCH += ["--model.num-hidden-layers", "6", "--model.num-attention-heads", "3", "--optim.layer-decay", "1"]
+SCRATCH += ["--model.head-init-std", "0.02"]  # the run of 2026-11-22 had 2e-5
 PROTOCOLS: dict[str, list[str]] = {
     "scratch": ["finetune", "finetune-small", *SCRATCH],
     "fine-tune": ["finetune", "finetune-small", "--init-from", "{encoder}"],

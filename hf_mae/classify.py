@@ -23,7 +23,7 @@ from hf_mae.evaluation.features import FrozenFeatures, logistic_is_too_large, sp
 from hf_mae.labelled import LabelledTraining, Noise, together
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.modeling_classification import MAEForImageClassification
-from hf_mae.recipes.classification import ClassifierRecipe, check_classifier
+from hf_mae.recipes.classification import Classifier, ClassifierRecipe, check_classifier
 from hf_mae.recipes.defaults import Chosen
 from hf_mae.run import model_folder, progress, run
 from hf_mae.training.distributed import full, gather_objects
@@ -100,6 +100,11 @@ class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
             positions = "sincos" if recipe.freeze_pos_embed else "learned"
             model = MAEForImageClassification(MAEConfig(**fields, pos_embed=positions, id2label=id2label))
             say("encoder: new weights (from scratch)")
+            if wish.head_init_std == Classifier.head_init_std:
+                say(
+                    f"note: model.head_init_std={wish.head_init_std:g} is for a pretrained encoder; from scratch the "
+                    "official code starts at timm's: --model.head-init-std 0.02"
+                )
         model.config.label2id = {name: i for i, name in id2label.items()}
         if (recipe.trainable_blocks or 0) > (depth := model.config.num_hidden_layers):
             raise ValueError(

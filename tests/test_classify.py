@@ -327,6 +327,9 @@ def test_tables_9_to_12_are_as_the_paper_has_them():
         0.1,
         0.25,
     )
+    # main_finetune.py: `trunc_normal_(head.weight, std=2e-5)` where it loads an encoder; else timm's initialisation.
+    for name, one in FINETUNE.items():
+        assert one.model.head_init_std == (0.02 if name.startswith("scratch-") else 2e-5), name
     scratch = FINETUNE["scratch-vit-l"]
     assert (scratch.optim.weight_decay, scratch.optim.betas, scratch.optim.ema_decay) == (0.3, (0.9, 0.95), 0.9999)
     assert scratch.optim.base_lr * scratch.global_batch / 256 == pytest.approx(1.6e-3)
@@ -339,6 +342,26 @@ def test_tables_9_to_12_are_as_the_paper_has_them():
         90,
     )
     assert "86.8" in FINETUNE["finetune-vit-h-448-inat2018"].expected
+
+
+def test_the_head_from_scratch_starts_as_timms_and_an_older_run_goes_on(recipe, probe, tmp_path, capsys):
+    short = {"max_steps": 2, "save_every": 1, "optim": replace(recipe.optim, base_lr=1e-9, layer_decay=1.0)}
+    short["schedule"] = replace(recipe.schedule, min_lr=0.0)
+    one = replace(protocols(recipe, probe)["scratch"], **short)
+    small = classify(one)
+    assert "--model.head-init-std 0.02" in capsys.readouterr().err
+    as_now = replace(one, model=replace(one.model, head_init_std=FINETUNE["scratch-small"].model.head_init_std))
+    fresh = classify(replace(as_now, out=str(tmp_path / "fresh")))
+    assert "note: model.head_init_std" not in capsys.readouterr().err
+    for out, std in ((small, 2e-5), (fresh, 0.02)):
+        head = load_file(out / "checkpoints" / "step_00000002" / "model" / "model.safetensors")["head.weight"]
+        assert head.std().item() == pytest.approx(std, rel=0.15)
+    before = (small / "checkpoints" / "step_00000002" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(small / "checkpoints" / "step_00000002")
+    # A run that was begun with the smaller head has its weights: the command of today continues it.
+    classify(replace(as_now, out=str(small)))
+    assert "resuming at step 1 of 2" in capsys.readouterr().err
+    assert (small / "checkpoints" / "step_00000002" / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_evaluate_finds_the_numbers_of_training(recipe, tmp_path, capsys):

@@ -301,6 +301,8 @@ class Recipe:
 
     deciding: ClassVar[frozenset[str]] = frozenset()
     """Fields of `evals` that decide what is learned; the others may change when a run is resumed."""
+    only_fresh: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say what new weights are and nothing else: a run that is resumed has its weights."""
     rules: ClassVar[tuple[Rule, ...]] = ()
     """Rules for the fields that only this kind of recipe has."""
 
@@ -395,5 +397,7 @@ def changed_fields(saved: Recipe, current: Recipe) -> dict[str, tuple[Any, Any]]
     return {
         k: (before.get(k), now[k])
         for k in now
-        if before.get(k) != now[k] and k not in HARMLESS and (not k.startswith("evals.") or k in saved.deciding)
+        if before.get(k) != now[k]
+        and k not in HARMLESS | saved.only_fresh
+        and (not k.startswith("evals.") or k in saved.deciding)
     }

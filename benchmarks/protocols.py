@@ -190,12 +190,14 @@ def report(out: Path) -> None:
     record = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "seconds": seconds, "rows": rows_out}
     (out / "protocols.json").write_text(json.dumps(record, indent=1) + "\n")
     draw_protocols(rows_out, out / "protocols.png")
-    blocks = {"0 blocks": 0.0, "0.5 block": 0.5, "1 block": 1.0, "2 blocks": 2.0, "fine-tune": 6.0}
+    blocks = {"probe": 0.0, "0.5 block": 0.5, "1 block": 1.0, "2 blocks": 2.0, "fine-tune": 6.0}
     points: dict[str, list[tuple[float, float, float | None]]] = {}
     for row in rows_out:
         if row["protocol"] in blocks:
             points.setdefault(row["data"], []).append((blocks[row["protocol"]], row["mean"], row["sd"]))
-    draw_partial({name: sorted(found) for name, found in points.items()}, out / "partial.png", depth=6)
+    draw_partial(
+        {name: sorted(found) for name, found in points.items()}, out / "partial.png", depth=6, zero="linear probe"
+    )
     print(f"core-seconds: {seconds}; {out / 'protocols.json'}, {out / 'protocols.png'}, {out / 'partial.png'}")
 
 

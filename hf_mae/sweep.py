@@ -30,6 +30,7 @@ from hf_mae.recipes.checks import check
 from hf_mae.recipes.classification import ClassifierRecipe, LabelledRecipe, check_classifier, check_labelled
 from hf_mae.recipes.fields import as_text, check_field, with_field
 from hf_mae.recipes.supervised import SuperviseRecipe, check_supervise
+from hf_mae.recipes.transfer import probe_of
 from hf_mae.run import model_folder
 from hf_mae.training.checkpoint import write_atomic
 from hf_mae.training.distributed import agree, gather_objects, make_accelerator
@@ -39,7 +40,7 @@ from hf_mae.training.monitors import Printer, read_rows
 FIG_9 = {0: 73.5, 0.5: 79.1, 1: 81.0, 2: 83.1, 4: 84.2, 6: 84.4, 12: 84.6, 18: 84.7, 24: 84.9}
 FIG_9_ENCODER = (24, 1024)  # blocks and width of ViT-L
 BLOCKS = (0, 0.5, 1, 2, 4, 6, 12, 18, 24)
-"""Trainable blocks of Fig. 9."""
+"""Trainable blocks of Fig. 9; 0 is the linear probe."""
 
 
 def sweep_partial(
@@ -52,6 +53,9 @@ def sweep_partial(
 ) -> dict[str, Any]:
     """Fine-tune the last K blocks for several K, like Fig. 9 of the paper. A collective: every process calls it.
 
+    The point at 0 is the linear probe, as in the paper: its own recipe (`hf_mae.recipes.transfer.probe_of`), not a head
+    that is trained by the recipe of fine-tuning.
+
     Args:
         recipe: all but `trainable_blocks`, `seed` and `out`, under which the runs are put.
         blocks: the values of K; those beyond the encoder's depth are left out.
@@ -60,8 +64,9 @@ def sweep_partial(
         say: prints a line; None prints to standard error, on the main process.
 
     Returns:
-        What is written to `sweep.json`: `{"metric", "values": {K: {"mean", "sd", "min", "max", "runs"}}}`. `table.md`
-        and `partial.png` are written beside it; a ViT-L is drawn with the numbers of the paper.
+        What is written to `sweep.json`: `{"metric", "values": {K: {"mean", "sd", "min", "max", "runs"}}}`, with a
+        `note` on what the runs of 0 are. `table.md` and `partial.png` are written beside it; a ViT-L is drawn with the
+        numbers of the paper.
 
     Raises:
         ValueError: as of `classify`; for all runs before the first, where the recipe or the splits show it.
@@ -77,10 +82,11 @@ def sweep_partial(
     if not chosen:
         raise ValueError(f"blocks={tuple(blocks)} are all beyond the {depth} blocks of the encoder; name smaller ones")
     out = Path(recipe.out or f"runs/{recipe.name}-partial")
+    probe = probe_of(recipe)
     runs = {
         (_number(k), seed): replace(
-            recipe,
-            out=str(out / f"blocks_{_number(k)}" / f"seed_{seed}"),
+            recipe if k else probe,
+            out=str(out / (f"blocks_{_number(k)}" if k else "probe") / f"seed_{seed}"),
             trainable_blocks=float(k),
             seed=seed,
         )
@@ -93,9 +99,12 @@ def sweep_partial(
 
     def draw(values: Mapping[str, Mapping[str, Any]]) -> None:
         points = [(float(k), v["mean"], v["sd"]) for k, v in values.items()]
-        draw_partial({recipe.name: sorted(points)}, out / "partial.png", depth=depth, reference=reference)
+        draw_partial(
+            {recipe.name: sorted(points)}, out / "partial.png", depth=depth, reference=reference, zero="linear probe"
+        )
 
-    return _sweep(recipe.name, runs, out, "trainable blocks", draw, train, say)
+    notes = {"0": f"linear probe: {probe.name}"}
+    return _sweep(recipe.name, runs, out, "trainable blocks", draw, train, say, notes)
 
 
 def sweep_seeds(
@@ -263,8 +272,9 @@ def _sweep(
     draw: Callable[[Mapping[str, Mapping[str, Any]]], None],
     train: Callable[[Any], Path] | None,
     say: Printer | None,
+    notes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    recipes = list(runs.values())
+    recipes, notes = list(runs.values()), notes or {}
     for one in recipes:
         _check(one)
     different = {(type(one), one.data, one.evals): one for one in recipes}
@@ -280,13 +290,16 @@ def _sweep(
     found: dict[str, list[dict[str, Any]]] = {}
     summary: dict[str, Any] = {}
     for number, ((key, seed), one) in enumerate(runs.items(), 1):
-        say(f"sweep: run {number} of {len(runs)}: {column} {key}, seed {seed}")
+        note = f" ({notes[key]})" if key in notes else ""
+        say(f"sweep: run {number} of {len(runs)}: {column} {key}{note}, seed {seed}")
         folder, error = (train or trainer_of(one))(one), None
         if accelerator.is_main_process:
             try:
                 result = {"seed": seed, "out": str(folder)} | read_result(folder, metric_of(one))
                 found.setdefault(key, []).append(result)
-                values = {k: summarise(results) for k, results in found.items()}
+                values = {
+                    k: summarise(results) | ({"note": notes[k]} if k in notes else {}) for k, results in found.items()
+                }
                 summary = {"recipe": name, "metric": metric, "values": values}
                 write_atomic(out / "sweep.json", json.dumps(summary, indent=2) + "\n")
                 write_atomic(out / "table.md", table(values, column, metric))
@@ -403,11 +416,12 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(values: Mapping[str, Mapping[str, Any]], column: str, metric: str) -> str:
-    """Return a Markdown table of a sweep."""
+    """Return a Markdown table of a sweep; a `note` on a value stands behind it."""
     lines = [f"| {column} | runs | {metric} mean | sd | min | max |", "|---|---|---|---|---|---|"]
     for key, v in values.items():
         sd = "not measured" if v["sd"] is None or math.isnan(v["sd"]) else f"{v['sd']:.4f}"
-        lines.append(f"| {key} | {len(v['runs'])} | {v['mean']:.4f} | {sd} | {v['min']:.4f} | {v['max']:.4f} |")
+        name = f"{key} ({v['note']})" if "note" in v else key
+        lines.append(f"| {name} | {len(v['runs'])} | {v['mean']:.4f} | {sd} | {v['min']:.4f} | {v['max']:.4f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,10 @@ from PIL import Image
 from hf_mae import sweep
 from hf_mae.cli.sweeps import sweep_command
 from hf_mae.recipes.base import Data
-from hf_mae.recipes.classification import ClassifierEvals
+from hf_mae.recipes.classification import ClassifierEvals, check_classifier
 from hf_mae.recipes.mae import QUICKSTART
 from hf_mae.recipes.supervised import BIRD_AUGMENTS, SUPERVISE
-from hf_mae.recipes.transfer import FINETUNE
+from hf_mae.recipes.transfer import FINETUNE, PROBE, probe_of
 from hf_mae.sweep import band, metric_of, read_result, sweep_over, sweep_partial, sweep_seeds, sweep_variants, table
 
 
@@ -45,8 +45,53 @@ def test_sweep_partial_writes_table_and_plot_and_is_cheap_to_repeat(recipe, tmp_
     assert (tmp_path / "sweep" / "partial.png").stat().st_size > 5000
     written = (tmp_path / "sweep" / "table.md").read_text()
     assert written.count("\n") == 5
+    assert "| 0 (linear probe: probe-digits) | 2 |" in written
+    saved = {
+        k: json.loads((Path(v["runs"][0]["out"]) / "recipe.json").read_text()) for k, v in summary["values"].items()
+    }
+    assert [one["model"]["head"] for one in saved.values()] == ["batchnorm", "linear", "linear"]
+    assert [one["trainable_blocks"] for one in saved.values()] == [0, 0.5, 2]
+    assert saved["0"]["optim"] == json.loads(json.dumps(asdict(PROBE["probe-digits"].optim)))
+    assert (saved["0"]["max_steps"], saved["0"]["global_batch"], saved["0"]["epochs"]) == (4, 64, 90)
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == summary
     assert sweep_partial(one, blocks=(0, 0.5, 2, 6), seeds=2) == summary
+
+
+@pytest.mark.parametrize(("size", "preset"), [("b", "finetune-vit-b"), ("l", "finetune-vit-l-table9")])
+def test_no_block_of_a_paper_preset_is_the_papers_probe(recipe, monkeypatch, size, preset):
+    """LARS, batch normalisation and no mixing: what Fig. 9 has at 0, whatever the fine-tuning is."""
+    data = replace(recipe.data, repeat_augment=3)
+    one = replace(FINETUNE[preset], out=recipe.out, init_from=recipe.init_from, data=data, evals=recipe.evals)
+    begun = recorded(monkeypatch, lambda one: [0.5])
+    drawn = []
+    monkeypatch.setattr(sweep, "draw_partial", lambda *_, zero, **__: drawn.append(zero))
+    sweep_partial(one, blocks=(1, 0))
+    block, zero = begun
+    assert (block.optim.name, block.model.head, block.trainable_blocks) == ("adamw", "linear", 1)
+    probe = PROBE[f"probe-vit-{size}"]
+    assert (zero.name, zero.optim, zero.schedule, zero.epochs) == (probe.name, probe.optim, probe.schedule, 90)
+    assert (zero.optim.name, zero.global_batch, zero.trainable_blocks) == ("lars", 16384, 0)
+    assert (zero.model.head, zero.model.pool, zero.model.head_init_std, zero.model.drop_path_rate) == (
+        *("batchnorm", "cls", 0.01, 0.0),
+    )
+    assert (zero.augment.crop, zero.augment.rand_augment, zero.augment.mixup, zero.augment.erase_prob) == (
+        *("clamped", None, 0.0, 0.0),
+    )
+    assert (zero.data.path, zero.data.repeat_augment, zero.init_from) == ("digits", 1, recipe.init_from)
+    assert set(drawn) == {"linear probe"}
+
+
+def test_every_fine_tuning_has_a_probe_that_keeps_what_was_typed():
+    for name, one in FINETUNE.items():
+        probe = probe_of(replace(one, init_from="org/encoder"))
+        check_classifier(probe)
+        assert (probe.model.head, probe.trainable_blocks, probe.data.path) == ("batchnorm", 0, one.data.path), name
+        assert probe.optim.name == ("lars" if "vit-" in name and "birds" not in name else "sgd"), name
+        assert (probe.epochs, probe.evals.best) == (90, "top1")
+    typed = replace(FINETUNE["finetune-vit-b"], init_from="org/encoder", global_batch=64, max_steps=7, epochs=3, seed=5)
+    probe = probe_of(replace(typed, augment=replace(typed.augment, mean=(0.5,) * 3)))
+    assert (probe.global_batch, probe.max_steps, probe.epochs, probe.seed) == (64, 7, 90, 5)
+    assert probe.augment.mean == (0.5, 0.5, 0.5)
 
 
 def test_sweep_seeds_gives_mean_deviation_and_histogram(recipe, tmp_path):

@@ -17,7 +17,7 @@ from hf_mae.recipes.fields import parse_values
 from hf_mae.recipes.supervised import BIRD_AUGMENTS, SUPERVISE, TRANSFER, SuperviseRecipe
 from hf_mae.recipes.transfer import FINETUNE
 
-HELP = """hf-mae sweep partial [PRESET] --init-from MODEL [...]            fine-tune 0, 0.5, 1, 2, ... blocks
+HELP = """hf-mae sweep partial [PRESET] --init-from MODEL [...]            linear probe, then 0.5, 1, 2, ... blocks
 hf-mae sweep seeds [COMMAND] [PRESET] --n 5 [...]                one recipe with n seeds
 hf-mae sweep over [COMMAND] [PRESET] --vary FIELD=V1,V2 [...]    one field of a recipe with several values
 hf-mae sweep augment [PRESET] --data.path DATA [...]             the augmentations of the bird slides, and two of timm's
@@ -34,7 +34,8 @@ class PartialArguments:
     """What `hf-mae sweep partial` takes: the blocks, the seeds, and a whole recipe."""
 
     blocks: tuple[float, ...] = (0, 0.5, 1, 2, 4, 6, 12, 18, 24)
-    """Trainable blocks of each run; those beyond the encoder's depth are left out."""
+    """Trainable blocks of each run; 0 is the linear probe by its own recipe (probe-*: epochs, optimizer and head of
+    Table 10), 0.5 the MLP of the last block. Those beyond the encoder's depth are left out."""
     seeds: int = 1
     """Runs for each number of blocks."""
     recipe: Annotated[ClassifierRecipe, tyro.conf.arg(name="")]

@@ -31,6 +31,7 @@ def draw_partial(
     *,
     depth: int | None = None,
     reference: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    zero: str = "head only",
 ) -> None:
     """Draw accuracy against the number of trained blocks, like Figure 9 of the paper.
 
@@ -40,6 +41,7 @@ def draw_partial(
         path: of the picture.
         depth: blocks of the encoder; so many are marked as all.
         reference: per name, (blocks, accuracy) that was published: dashed.
+        zero: what the point at 0 blocks is, for the axis; the paper's is the linear probe.
     """
     published = reference or {}
     blocks = sorted({k for line in [*points.values(), *published.values()] for k, *_ in line})
@@ -71,7 +73,7 @@ def draw_partial(
     ax.set_xticks(
         range(len(blocks)), ["all" if math.isinf(k) else f"{k:g}{' (all)' if k == depth else ''}" for k in blocks]
     )
-    ax.set_xlabel("trained blocks (0: head only, 0.5: MLP of the last block)")
+    ax.set_xlabel(f"trained blocks (0: {zero}, 0.5: MLP of the last block)")
     ax.set_ylabel("top-1 accuracy in %")
     ax.grid(axis="y", color="0.9")
     _legend(ax)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from hf_mae.recipes.base import VIT_SIZES, Data, Schedule
@@ -265,3 +266,41 @@ PROBE: dict[str, ClassifierRecipe] = {
     recipe.name: recipe for recipe in [_DIGITS_PROBE, _SMALL_PROBE, *(_probe(size) for size in "blh")]
 }
 """Presets of `hf-mae probe`: only a head is trained, on a frozen encoder."""
+
+_AS_TYPED = (
+    "seed",
+    "out",
+    "max_steps",
+    "global_batch",
+    "num_workers",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "resume",
+)
+
+
+def probe_of(recipe: ClassifierRecipe) -> ClassifierRecipe:
+    """Return the linear probe that belongs to a fine-tuning: the preset of its size, on the same encoder and data.
+
+    Epochs, optimizer, schedule, head and crop are the probe's own (Table 10: LARS and a head with batch normalisation;
+    SGD for small data). Of the fine-tuning stay encoder, data, test split, engine, size and normalisation of the
+    images, and what was changed of its preset in seed, out, max_steps, global_batch, num_workers, resume and the
+    intervals.
+    """
+    size = re.match(r"(?:finetune|scratch)-vit-([blh])\b", recipe.name)
+    name = f"probe-vit-{size[1]}" if size else "probe-digits" if recipe.name == "finetune-digits" else "probe-small"
+    probe, preset = PROBE[name], FINETUNE.get(recipe.name)
+    typed = {f: getattr(recipe, f) for f in _AS_TYPED if preset is None or getattr(recipe, f) != getattr(preset, f)}
+    head = {f: getattr(probe.model, f) for f in ("pool", "head", "head_init_std", "drop_path_rate")}
+    images = {f: getattr(recipe.augment, f) for f in ("flip", "vertical_flip", "mean", "std")}
+    return replace(
+        probe,
+        **typed,
+        init_from=recipe.init_from,
+        data=replace(recipe.data, repeats=1, repeat_augment=1),
+        model=replace(recipe.model, **head),
+        augment=replace(probe.augment, **images),
+        evals=replace(recipe.evals, best="top1", knn=probe.evals.knn, logistic=probe.evals.logistic),
+        engine=recipe.engine,
+    )

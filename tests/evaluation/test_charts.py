@@ -40,6 +40,12 @@ def test_partial_lines_share_the_blocks_of_all(figures, tmp_path):
     assert ours.get_ydata().tolist() == pytest.approx([30, 50, 60])
 
 
+@pytest.mark.parametrize("zero", ["head only", "linear probe"])
+def test_partial_says_what_no_block_is(figures, tmp_path, zero):
+    charts.draw_partial({"ours": [(0, 0.3, None), (1, 0.5, None)]}, tmp_path / "p.png", zero=zero)
+    assert f"0: {zero}" in figures[0].axes[0].get_xlabel()
+
+
 def test_seeds_tell_mean_deviation_and_range(figures, tmp_path):
     charts.draw_seeds([0.80, 0.82, 0.84], tmp_path / "s.png", "top1")
     assert figures[0].axes[0].get_title() == "top1 over 3 seeds: 82.00 \N{PLUS-MINUS SIGN} 2.00, min 80.00, max 84.00"

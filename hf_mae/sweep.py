@@ -48,7 +48,7 @@ def sweep_partial(
     *,
     blocks: Sequence[float] = BLOCKS,
     seeds: int = 1,
-    train: Callable[[Any], Path] = classify,
+    train: Callable[[Any], Path] | None = None,
     say: Printer | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the last K blocks for several K, like Fig. 9 of the paper. A collective: every process calls it.
@@ -60,7 +60,7 @@ def sweep_partial(
         recipe: all but `trainable_blocks`, `seed` and `out`, under which the runs are put.
         blocks: the values of K; those beyond the encoder's depth are left out.
         seeds: runs of each K, with the recipe's seed and those after it.
-        train: `classify`, or what calls it.
+        train: `classify`, or what calls it; None is `classify`.
         say: prints a line; None prints to standard error, on the main process.
 
     Returns:
@@ -104,7 +104,7 @@ def sweep_partial(
         )
 
     notes = {"0": f"linear probe: {probe.name}"}
-    return _sweep(recipe.name, runs, out, "trainable blocks", draw, train, say, notes)
+    return _sweep(recipe.name, runs, out, "trainable blocks", draw, train or classify, say, notes)
 
 
 def sweep_seeds(

@@ -25,6 +25,7 @@ from hf_mae.cli.hub import (
 from hf_mae.cli.sweeps import parse_sweep, sweep_command
 from hf_mae.cli.tools import (
     background_command,
+    doctor_command,
     evaluate_command,
     parse_plan,
     plan_command,
@@ -59,6 +60,7 @@ USAGE = f"""hf-mae {hf_mae.__version__}: masked autoencoders for the Hugging Fac
                                                        transfer, resolution (`hf-mae sweep --help`)
   hf-mae plan [PRESET] --gpu a100 --gpus 64 [...]      FLOPs, memory, hours, loader and disk of a run, by arithmetic
   hf-mae plan --check                                  what published runs say of its assumptions
+  hf-mae doctor [--train]                              this machine: versions, devices, threads, extras; does it train?
   hf-mae reconstruct MODEL IMAGE ... [--out FILE]      masked / predicted / pasted pictures of your images
   hf-mae convert SOURCE OUT                            official .pth and other weights to a model folder
   hf-mae export MODEL [OUT] [--target vit_mae ...]     stock classes of transformers, timm, ONNX; proven equal
@@ -88,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "evaluate": evaluate_command,
         "sweep": sweep_command,
         "plan": plan_command,
+        "doctor": doctor_command,
         "split": split_command,
         "background": background_command,
         "reconstruct": reconstruct_command,

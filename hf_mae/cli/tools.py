@@ -1,4 +1,4 @@
-"""The commands that measure, plan, draw and prepare data: evaluate, plan, reconstruct, split, background."""
+"""The commands that measure, plan, draw and prepare data: evaluate, plan, doctor, reconstruct, split, background."""
 
 from __future__ import annotations
 
@@ -159,6 +159,30 @@ def _data_and_rule(given: SplitArguments) -> tuple[Data, str]:
     if given.of is not None and data.split not in (None, given.of):
         raise ValueError(f"of={given.of!r} and data.split={data.split!r} name two splits to divide; leave one out")
     return replace(data, split=given.of or data.split), words[0] if words else "stratified:80/10/10@3334"
+
+
+def doctor_command(arguments: Sequence[str]) -> None:
+    """Look at this machine."""
+
+    def doctor(
+        out: Path = Path("hf-mae-doctor.json"),
+        train: tyro.conf.FlagCreatePairsOff[bool] = False,
+        only: tuple[str, ...] = (),
+    ) -> bool:
+        """Say what this machine has, what each missing part costs, and whether training works on it.
+
+        Args:
+            out: where to write the record, to attach to a report; it names no user and no token.
+            train: train for at most 8 minutes in all the ways this machine allows (float32 and bf16, compiled, stopped
+                and resumed, DDP and FSDP2 on all GPUs), and compare losses, bits, speed and memory.
+            only: with --train, only these parts, such as float32 resume.
+        """
+        from hf_mae.doctor import examine
+
+        return examine(out, train=train, only=only, say=lambda line: print(line, flush=True))  # noqa: T201
+
+    if not tyro.cli(doctor, prog="hf-mae doctor", args=list(arguments)):
+        raise SystemExit(1)
 
 
 def background_command(arguments: Sequence[str]) -> None:

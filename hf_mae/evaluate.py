@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from transformers import AutoImageProcessor
 from transformers.utils.hub import cached_file
 
 from hf_mae.data.imagenet import (
@@ -28,13 +28,14 @@ from hf_mae.data.sources import Source, list_splits, open_source
 from hf_mae.data.whole import WholeSplit
 from hf_mae.evaluation.classification import ClassificationQuality, evaluate_real
 from hf_mae.evaluation.report import Drawing
-from hf_mae.models.configuration_mae import MAEConfig, height_width
+from hf_mae.models.configuration_mae import height_width
 from hf_mae.models.convert import load_official_checkpoint
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.timm_models import from_weights, is_timm_folder, load
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Data, Size
 from hf_mae.recipes.evaluation import Evaluation
-from hf_mae.run import model_folder, progress
+from hf_mae.resolve import model_folder, read_config
+from hf_mae.run import load_statistics, progress
 from hf_mae.training.checkpoint import write_atomic
 from hf_mae.training.distributed import agree, describe_world, gather_objects, make_accelerator
 from hf_mae.training.monitors import Printer
@@ -167,7 +168,7 @@ def load_classifier(model: str, image_size: Size | None, say: Printer) -> Judged
     """
     if _is_timm_name(model):
         return _load_timm(model, image_size)
-    name = model_folder(model.removeprefix("hf-hub:"), field="model")
+    name = model_folder(model, field="model")
     if _in_timm_format(name):
         return _load_timm(name, image_size)
     made, mean, std = _load_official(name, say) if Path(name).is_file() else _load(name)
@@ -222,14 +223,12 @@ Loaded = tuple[MAEForImageClassification, "list[float] | tuple[float, ...]", "li
 
 
 def _load(name: Path | str) -> Loaded:
-    config = MAEConfig.from_pretrained(name)
-    if MAEForImageClassification.__name__ not in (config.architectures or []):
-        raise _no_classifier(name, ", ".join(config.architectures or ["something else"]))
-    try:
-        processor = AutoImageProcessor.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"model={name} has no preprocessor_config.json, so its mean and std are not known") from error
-    return MAEForImageClassification.from_pretrained(name), processor.image_mean, processor.image_std
+    values = read_config(name)
+    architectures = [str(one) for one in values.get("architectures") or ()]
+    if MAEForImageClassification.__name__ not in architectures:
+        raise _no_classifier(name, ", ".join(architectures) or str(values.get("model_type") or "something else"))
+    model = MAEForImageClassification.from_pretrained(name, dtype=torch.float32)
+    return model, *load_statistics(name, model.config.num_channels, what=f"model={name}")
 
 
 def _load_official(path: Path | str, say: Printer) -> Loaded:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor
 
 from hf_mae.data.augment import check_augment
 from hf_mae.data.examples import load_examples
@@ -24,11 +24,11 @@ from hf_mae.evaluation.reconstruction import Pictures, reconstruct
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.masking import mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
-from hf_mae.recipes.base import Recipe
+from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from hf_mae.recipes.checks import check
 from hf_mae.recipes.defaults import Chosen
-from hf_mae.run import Training, last_model, run
-from hf_mae.training.checkpoint import newest_checkpoint
+from hf_mae.resolve import model_folder, read_config
+from hf_mae.run import Training, last_model, load_statistics, run
 from hf_mae.training.loop import Evaluator
 from hf_mae.training.monitors import Printer
 from hf_mae.training.optim import MovingAverage, build_adamw
@@ -214,46 +214,85 @@ def _labelled_split(recipe: Recipe, source: Source, say: Printer) -> tuple[str, 
     return split, test
 
 
-def reconstruct_files(name: str, files: list[Path], out: Path, *, seed: int = 0) -> None:
+def load_pretrained(name: str, *, field: str) -> tuple[MAEForPreTraining, list[float], list[float]]:
+    """Load a model with its decoder, in float32 and evaluation mode, and the mean and std of its input.
+
+    Args:
+        name: a run folder (its newest checkpoint), a model folder or Hub id of ours or a vit_mae, or an official file.
+        field: the argument that it was given as, for messages.
+
+    Raises:
+        ValueError: there is no such model, it has no decoder, or its mean and std are not known.
+    """
+    folder = model_folder(name, field=field)
+    if isinstance(folder, Path) and folder.is_file():
+        try:
+            model = MAEForPreTraining.from_official(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"{field}={name} cannot be used as it is: {error} (`hf-mae convert` takes what the file does not say "
+                "as options; then name the folder it writes)"
+            ) from error
+        if model.config.num_channels != len(IMAGENET_MEAN):
+            raise ValueError(
+                f"{field}={name} takes {model.config.num_channels} channel(s), and the file does not say their mean "
+                "and std; use `hf-mae convert` with --image-mean and --image-std"
+            )
+        return model.eval(), list(IMAGENET_MEAN), list(IMAGENET_STD)
+    values = read_config(folder)
+    kind, architectures = values.get("model_type"), [str(one) for one in values.get("architectures") or ()]
+    ours = kind in ("hf_mae", "vit_mae")
+    if not ours or (architectures and not any(one.endswith("ForPreTraining") for one in architectures)):
+        held = "a model of timm" if "pretrained_cfg" in values else f"a model without model_type ({architectures})"
+        raise ValueError(
+            f"{field}={name} holds {', '.join(architectures if kind else ()) or kind or held}, which cannot "
+            "reconstruct; name a pretraining model with its decoder (what hf-mae pretrain makes)"
+        )
+    model = MAEForPreTraining.from_pretrained(folder, dtype=torch.float32).eval()
+    mean, std = load_statistics(folder, model.config.num_channels, what=f"{field}={name}")
+    return model, mean, std
+
+
+def reconstruct_files(name: str, files: Sequence[Path], out: Path, *, seed: int = 0) -> None:
     """Write one picture with the reconstructions of image files.
 
     Args:
-        name: a model folder or a Hub id.
+        name: as for `load_pretrained`.
         files: images of any format that training reads.
-        out: where the picture goes.
+        out: where the picture goes; its suffix says the format.
         seed: chooses the masks.
 
     Raises:
-        ValueError: a file is missing or no image, or the model has no decoder.
+        ValueError: no file is named, one is missing or not an image, the model has no decoder, or `out` cannot be
+            written.
     """
-    folder = Path(name)
-    if (folder / "checkpoints").is_dir():  # a run folder: its newest model
-        newest, _ = newest_checkpoint(folder / "checkpoints")
-        folder = newest / "model" if newest else folder
-        name = str(folder)
-    if (folder.exists() or name.startswith((".", "/", "~"))) and not (folder / "config.json").is_file():
-        raise ValueError(f"{name} is not a model folder (no config.json); name runs/NAME, a model folder or a Hub id")
+    if not files:
+        raise ValueError(f"no image is named; name one or more image files: hf-mae reconstruct {name} IMAGE ...")
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise ValueError(f"{', '.join(missing[:3])} is not a file; name image files")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"out={out} cannot be written: its folder does not exist; make it or choose another --out")
-    model = MAEForPreTraining.from_pretrained(name)
+    if out.is_dir() or out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"out={out} is not the name of an image file; use one such as reconstruction.png")
+    model, mean, std = load_pretrained(name, field="model")
     config, size = model.config, height_width(model.config.image_size)
     images = []
     for path in files:
-        if not path.is_file():
-            raise ValueError(f"{path} is not a file; name image files")
         try:
             images.append(
                 torch.from_numpy(eval_image(decode_image(path.read_bytes(), config.num_channels), size).copy())
             )
-        except ImageError as error:
-            raise ValueError(f"{path} cannot be used: {error}") from error
-    processor = AutoImageProcessor.from_pretrained(name)
+        except (ImageError, OSError) as error:
+            raise ValueError(f"{path} cannot be used: {error}; name an image file") from error
     rows = np.arange(len(images))
     pictures = reconstruct(
         model,
         torch.stack(images),
         noise=MaskNoise(config, seed)(np.zeros_like(rows), rows)["noise"],
-        mean=processor.image_mean,
-        std=processor.image_std,
+        mean=mean,
+        std=std,
     )
-    pictures.grid(out)
+    try:
+        pictures.grid(out)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"out={out} cannot be written ({error}); choose another --out") from error

@@ -10,7 +10,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,27 +18,25 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
-from transformers.utils.hub import cached_file
+from transformers import AutoImageProcessor
 
 from hf_mae.data.loader import Loader, check_state, loader_state, steps_per_epoch
 from hf_mae.data.order import Order, choose_lanes_and_window
 from hf_mae.data.sources import Source, open_source
 from hf_mae.data.stream import images_per_epoch
-from hf_mae.patience import HTTP_ERROR, GaveUpError, is_worth_opening_again, one_line, patient
+from hf_mae.patience import one_line
 from hf_mae.recipes.base import Recipe, to_dict
 from hf_mae.recipes.checks import choose_micro_batch
 from hf_mae.recipes.defaults import Chosen, fit_batch, fit_intervals, is_default, overfills, warn_of_few_updates
+from hf_mae.resolve import model_folder as model_folder
 from hf_mae.training.best import bring_best
 from hf_mae.training.checkpoint import (
     TrainState,
     list_checkpoints,
     load_checkpoint,
-    newest_checkpoint,
     read_data_state,
     read_recipe,
     save_checkpoint,
@@ -383,53 +381,34 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def model_folder(name: str, *, field: str) -> Path | str:
-    """Return where the weights of a model are: a run folder's newest checkpoint, a folder, a .pth file or a Hub id.
+def load_statistics(folder: Path | str, channels: int, *, what: str) -> tuple[list[float], list[float]]:
+    """Return mean and std per channel, as the image processor of a model says.
+
+    Args:
+        folder: a model folder, or a Hub id that was opened.
+        channels: of the model.
+        what: the argument and its value, for messages.
 
     Raises:
-        ValueError: a run folder without a whole checkpoint, a path that does not exist, or a Hub id that cannot be
-            opened.
+        ValueError: there is no preprocessor_config.json, or it does not say them for these channels.
     """
-    path = Path(name).expanduser()
-    if (path / "checkpoints").is_dir():
-        newest, skipped = newest_checkpoint(path / "checkpoints")
-        if newest is None:
-            raise ValueError(f"{field}={name} holds no whole checkpoint. {'; '.join(skipped)}")
-        return newest / "model"
-    if path.is_file() or (path / "config.json").is_file():
-        return path
-    if path.exists():
-        raise ValueError(
-            f"{field}={name} is not a model folder (no config.json); name a run folder, a model folder, a Hub id or an "
-            "official .pth file"
-        )
-    if name.startswith((".", "/", "~", "runs/")) or name.count("/") != 1:
-        first = "; `hf-mae pretrain` makes runs/quickstart in two minutes" if name == "runs/quickstart" else ""
-        raise ValueError(
-            f"{field}={name} does not exist; name a run folder, a model folder, an official .pth file or a Hub id "
-            f"(ORG/NAME){first}"
-        )
     try:
-        before = try_to_load_from_cache(name, "config.json")
-        what = f"opening {name} on the Hub"
-        found = patient(what, lambda: cached_file(name, "config.json"), passing=is_worth_opening_again)
-        if found != before:  # a model that was opened before opens without the Hub
-            _cache_processor(name)
-    except (OSError, HTTP_ERROR, GaveUpError, HFValidationError) as error:
-        said = str(error).strip() if isinstance(error, (OSError, HFValidationError)) else ""
-        why = said.splitlines()[0].rstrip(".") if said else one_line(error)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        mean, std = ([float(value) for value in values] for values in (processor.image_mean, processor.image_std))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(folder, Path) and (folder / "preprocessor_config.json").is_file():
+            why = f"has a preprocessor_config.json that cannot be used ({one_line(error)})"
+        else:
+            why = "has no preprocessor_config.json"
         raise ValueError(
-            f"{field}={name} is no path on this machine and cannot be opened as a Hub id ({why}); check the spelling "
-            "and the network, and log in with `hf auth login` if it is private"
+            f"{what} {why}, so its mean and std are not known; copy the one that was written beside the weights"
         ) from error
-    return name
-
-
-def _cache_processor(name: str) -> None:
-    """Fetch what the stock loader of processors does not wait for."""
-    file = "preprocessor_config.json"
-    with suppress(EntryNotFoundError):  # not every model has one; or no server answers, then who needs it says so
-        patient(f"reading {file} of {name}", lambda: hf_hub_download(name, file), passing=is_worth_opening_again)
+    if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
+        raise ValueError(
+            f"{what} has image_mean={mean} and image_std={std} in its preprocessor_config.json, and the model takes "
+            f"{channels} channel(s); write one value per channel, image_std above 0"
+        )
+    return mean, std
 
 
 def progress(batches: Any, accelerator: Accelerator) -> Any:

@@ -80,15 +80,15 @@ def reconstruct_command(arguments: Sequence[str]) -> None:
 
     def reconstruct(
         model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
-        images: tyro.conf.Positional[list[Path]],
+        images: tyro.conf.Positional[tuple[Path, ...]] = (),
         out: Path = Path("reconstruction.png"),
         seed: int = 0,
     ) -> None:
         """Draw what a model makes of images with most patches removed.
 
         Args:
-            model: a model folder (runs/NAME/checkpoints/step_N/model) or a Hub id.
-            images: image files.
+            model: a run folder, a model folder, a Hub id or an official .pth file.
+            images: one or more image files.
             out: where to write the picture.
             seed: chooses the masks.
         """

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_mae import evaluate
 from hf_mae.data.images import ImageError, decode_image, eval_image
@@ -23,7 +23,8 @@ from hf_mae.evaluation.reconstruction import reconstruct
 from hf_mae.models.configuration_mae import height_width
 from hf_mae.models.masking import MaskStrategy, check_masking, count_kept, mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
-from hf_mae.run import model_folder
+from hf_mae.pretrain import load_pretrained
+from hf_mae.resolve import model_folder, read_config
 from hf_mae.training.monitors import Printer
 from hf_mae.training.tasks import TimmClassification
 
@@ -79,16 +80,7 @@ def load_reconstructor(name: str) -> Reconstructor:
     Raises:
         ValueError: there is no such model, or it has no decoder or no preprocessing.
     """
-    folder = model_folder(name, field="reconstruct")
-    kind, architectures = _kind(folder)
-    if kind not in ("hf_mae", "vit_mae") or not any(a.endswith("ForPreTraining") for a in architectures):
-        raise ValueError(
-            f"reconstruct={name} holds {', '.join(architectures) or kind or 'a model of timm'}, which cannot "
-            "reconstruct; name a pretraining model with its decoder (what hf-mae pretrain makes)"
-        )
-    model = MAEForPreTraining.from_pretrained(folder).eval()
-    processor = _processor(folder, f"reconstruct={name}")
-    return Reconstructor(shown_name(name), model, processor.image_mean, processor.image_std)
+    return Reconstructor(shown_name(name), *load_pretrained(name, field="reconstruct"))
 
 
 def reconstruct_picture(
@@ -153,11 +145,10 @@ def load_classifier(name: str) -> Classifier:
     Raises:
         ValueError: there is no such model, it is no classifier, or only code of its own could load it.
     """
-    hub_id = name.removeprefix("hf-hub:")
-    folder = model_folder(hub_id, field="classify")
-    if not Path(folder).is_file() and _kind(folder)[0] not in ("hf_mae", None):
+    folder = model_folder(name, field="classify")
+    if not Path(folder).is_file() and read_config(folder).get("model_type") not in ("hf_mae", None):
         return _load_stock(folder, name)
-    judged = evaluate.load_classifier(hub_id, None, Printer(False))
+    judged = evaluate.load_classifier(name, None, Printer(False))
     task = judged.task.eval()
     if isinstance(task, TimmClassification):
         each = task.spec.loss == "bce"
@@ -233,11 +224,6 @@ def shown_name(name: str) -> str:
             if isinstance(recipe, dict) and recipe.get("name"):
                 return str(recipe["name"])
     return path.absolute().name
-
-
-def _kind(folder: Path | str) -> tuple[str | None, list[str]]:
-    values, _ = PreTrainedConfig.get_config_dict(folder)
-    return values.get("model_type"), [str(a) for a in values.get("architectures") or ()]
 
 
 def _processor(folder: Path | str, what: str) -> Any:

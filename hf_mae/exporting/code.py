@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 # Modules of the package outside of hf_mae.models that the models import, and what they are called flat.
-OTHERS = {"recipes.base": "sizes", "patience": "patience"}
+OTHERS = {"recipes.base": "sizes", "patience": "patience", "resolve": "resolve"}
 
 # The auto classes that each class of ours answers to, beside AutoConfig.
 AUTO_CLASSES = {

@@ -7,7 +7,6 @@ overlooked shows as another number.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +35,7 @@ from hf_mae.models.pos_embed import sincos_pos_embed
 from hf_mae.models.timm_spec import timm_library
 from hf_mae.patience import explain, patient
 from hf_mae.recipes.base import IMAGENET_MEAN
+from hf_mae.resolve import read_config, read_json
 
 RECORD = "conversion.json"
 KINDS: Mapping[str, type[MAEPreTrainedModel]] = {
@@ -147,8 +147,7 @@ def _read(source: str, overrides: dict[str, Any], say: Callable[[str], None]) ->
     if path.is_file():
         return _read_file(path, overrides, say)
     folder, name, revision = (path, path.resolve().name, None) if path.is_dir() else _download(source)
-    config = folder / "config.json"
-    values = json.loads(config.read_text()) if config.is_file() else {}
+    values = read_config(folder) if (folder / "config.json").is_file() else {}
     if values.get("model_type") == "vit_mae":
         foreign = _read_vit_mae(folder, name, overrides)
     elif {"architecture", "pretrained_cfg"} <= values.keys():
@@ -203,7 +202,7 @@ def _read_vit_mae(folder: Path, name: str, overrides: dict[str, Any]) -> _Foreig
     weights = load_folder(folder)
     config = cast(MAEConfig, MAEConfig.from_pretrained(folder, **overrides))
     written = folder / "preprocessor_config.json"
-    values = json.loads(written.read_text()) if written.is_file() else {}
+    values = read_json(written) if written.is_file() else {}
     processor = {key: values[key] for key in ("image_mean", "image_std") if key in values}
     stock = ViTMAEForPreTraining if _kind(weights) == "pretraining" else ViTMAEModel
 

@@ -23,7 +23,7 @@ from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTrainedModel
 from hf_mae.models.timm_models import load
 from hf_mae.models.timm_spec import TimmSpec
-from hf_mae.run import model_folder
+from hf_mae.resolve import model_folder, read_config, read_json
 from hf_mae.training.origins import run_of
 
 Target = Literal["auto", "vit_mae", "vit", "beit", "timm", "onnx", "hf_mae"]
@@ -192,7 +192,7 @@ def _of_name(name: str, weights: Weights, processor: Mapping[str, Any] | None, s
     folder: Path | str = _weights_folder(path, weights) if run is not None else model_folder(name, field="model")
     origin, recipe = _origin(name, path, folder, weights)
     run = run or _run_of_weights(folder)
-    config = json.loads(_file(folder, "config.json").read_text())
+    config = read_config(folder)
     if {"architecture", "pretrained_cfg"} <= config.keys():
         return _of_timm(folder, origin, run, processor)
     architectures = config.get("architectures") or []
@@ -206,18 +206,18 @@ def _of_name(name: str, weights: Weights, processor: Mapping[str, Any] | None, s
     model = known[0].from_pretrained(folder, dtype="auto")
     if isinstance(model, MAEForImageClassification):
         check_names(model)
-    written = _read_optional(folder, "preprocessor_config.json")
-    conversion = _read_optional(folder, "conversion.json")
+    written = _optional(folder, "preprocessor_config.json")
+    conversion = _optional(folder, "conversion.json")
     if conversion is not None:
         origin = replace(origin, kind="conversion")
     return Source(
         model,
         origin,
-        read_processor(model, None if written is None else json.loads(written), processor, say),
+        read_processor(model, None if written is None else read_json(written), processor, say),
         given=processor is not None,
         bce=recipe.get("loss", {}).get("name") == "bce" or _is_bce(model.config),
         folder=run,
-        conversion=conversion,
+        conversion=None if conversion is None else conversion.read_text(),
     )
 
 
@@ -300,15 +300,11 @@ def _kind(recipe: Mapping[str, Any]) -> str:
     return "probe" if recipe.get("trainable_blocks") == 0 else "finetune"
 
 
-def _file(folder: Path | str, name: str) -> Path:
-    return folder / name if isinstance(folder, Path) else Path(cast(str, cached_file(folder, name)))
-
-
-def _read_optional(folder: Path | str, name: str) -> str | None:
+def _optional(folder: Path | str, name: str) -> Path | None:
     if isinstance(folder, Path):
-        return (folder / name).read_text() if (folder / name).is_file() else None
+        return folder / name if (folder / name).is_file() else None
     found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found).read_text()
+    return None if found is None else Path(found)
 
 
 def _sha256(folder: Path | str) -> str | None:

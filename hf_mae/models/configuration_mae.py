@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
 from hf_mae.models.masking import MaskStrategy, check_masking, count_kept
 from hf_mae.recipes.base import VIT_SIZES, Size
+from hf_mae.resolve import locate, read_config
 
 # What a vit_mae config means where its file says nothing, and what this model cannot express.
 VIT_MAE_DEFAULTS = {"layer_norm_eps": 1e-12, "intermediate_size": 3072, "decoder_intermediate_size": 2048}
@@ -41,6 +43,13 @@ VIT_MAE_FIELDS = (
     "dtype",
     "torch_dtype",
 )
+# What a config.json has to say, as no default of a size could be told from a line that got lost.
+REQUIRED = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
+WHOLE_NUMBERS = (
+    *("num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size"),
+)
+FRACTIONS = ("layer_norm_eps", "mask_ratio", "drop_path_rate", "head_init_std")
 
 
 def height_width(size: Size) -> tuple[int, int]:
@@ -117,12 +126,12 @@ class MAEConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.intermediate_size = _four_times(hidden_size) if intermediate_size is None else intermediate_size
         self.decoder_hidden_size = decoder_hidden_size
         self.decoder_num_hidden_layers = decoder_num_hidden_layers
         self.decoder_num_attention_heads = decoder_num_attention_heads
         self.decoder_intermediate_size = (
-            4 * decoder_hidden_size if decoder_intermediate_size is None else decoder_intermediate_size
+            _four_times(decoder_hidden_size) if decoder_intermediate_size is None else decoder_intermediate_size
         )
         self.layer_norm_eps = layer_norm_eps
         self.mask_ratio = mask_ratio
@@ -158,20 +167,49 @@ class MAEConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a `config.json` of model type `hf_mae`, or of `vit_mae` in our terms.
+        """Read a `config.json` of model type `hf_mae`, or of `vit_mae` in our terms; of a run, its newest checkpoint's.
 
         Raises:
-            ValueError: the file describes another kind of model.
+            ValueError: there is no such model, the file cannot be read, describes another kind of model, or lacks a
+                size.
         """
-        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if (model_type := values.get("model_type", cls.model_type)) == "vit_mae":
-            values = translate_vit_mae(values)
-        elif model_type != cls.model_type:
+        name: str | os.PathLike[str] = pretrained_model_name_or_path
+        if not os.path.isfile(name):
+            found = locate(name, subfolder=kwargs.get("subfolder", ""))
+            if isinstance(found, Path):
+                read_config(found)  # says what is wrong with it
+                name, kwargs = found, {key: value for key, value in kwargs.items() if key != "subfolder"}
+        values, unused = super().get_config_dict(name, **kwargs)
+        shown = pretrained_model_name_or_path
+        model_type = values.get("model_type")
+        if model_type == "vit_mae":
+            return translate_vit_mae(values), unused
+        if model_type != cls.model_type:
+            is_timm = {"architecture", "pretrained_cfg"} <= values.keys()
             raise ValueError(
-                f"{pretrained_model_name_or_path} has model_type={model_type!r}, which is not a masked autoencoder; "
-                "use a model of type 'hf_mae' or 'vit_mae'."
+                f"{shown} has model_type={model_type!r}, which is not a masked autoencoder; use a model of type "
+                f"'hf_mae' or 'vit_mae'{', or `hf-mae convert` for this ViT of timm' * is_timm}."
+            )
+        if missing := [field for field in REQUIRED if field not in values]:
+            raise ValueError(
+                f"the config.json of {shown} does not say {', '.join(missing)}; add the values that its weights were "
+                "trained with, or copy the file again."
             )
         return values, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration from the fields of a file.
+
+        Raises:
+            ValueError: a field has a value that it cannot have.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"the config cannot be used ({type(error).__name__}: {error}); correct its fields, or copy it again."
+            ) from error
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -201,19 +239,14 @@ class MAEConfig(PreTrainedConfig):
         Raises:
             ValueError: the first rule that is broken.
         """
-        for name in (
-            "num_channels",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "decoder_hidden_size",
-            "decoder_num_hidden_layers",
-            "decoder_num_attention_heads",
-            "decoder_intermediate_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive; use at least 1.")
+        for name in WHOLE_NUMBERS:
+            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is not a whole number; use at least 1.")
+            if value < 1:
+                raise ValueError(f"{name}={value} is not positive; use at least 1.")
+        for name in FRACTIONS:
+            if not isinstance(value := getattr(self, name), (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is not a number; use one, as its description says.")
         self._check_sizes()
         for prefix in ("", "decoder_"):
             width, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
@@ -261,10 +294,16 @@ class MAEConfig(PreTrainedConfig):
                 )
 
 
+def _four_times(width: int) -> int:
+    return 4 * width if isinstance(width, int) else width  # `validate_fields` refuses other types
+
+
 def _size(name: str, size: Size) -> Size:
-    sides = [size] if isinstance(size, int) else list(size)  # JSON has no tuples
-    if len(sides) != (1 if isinstance(size, int) else 2) or min(sides) < 1:
-        raise ValueError(f"{name}={size} is not a size in pixels; use one positive number, or (height, width).")
+    sides = [size] if isinstance(size, int) else list(size) if isinstance(size, (list, tuple)) else []
+    if not all(type(side) is int for side in sides):
+        sides = []
+    if len(sides) != (1 if isinstance(size, int) else 2) or min(sides) < 1:  # JSON has lists for tuples
+        raise ValueError(f"{name}={size!r} is not a size in pixels; use one positive number, or (height, width).")
     return size if isinstance(size, int) else (sides[0], sides[1])
 
 

@@ -10,18 +10,19 @@ import argparse
 import os
 import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_mae.models.configuration_mae import MAEConfig, height_width
-from hf_mae.patience import patient
 from hf_mae.recipes.base import VIT_SIZES
+from hf_mae.resolve import index_of, read_index, weight_files
 
 # Module paths of transformers 4.x, of 5.x, and of what 5.23 saves for the decoder ("decoder_encoder"), to ours.
 RENAMES = [
@@ -56,6 +57,8 @@ OURS = re.compile(
 )
 SHOWN = 10
 """Names listed in an error before it is cut short."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""How safetensors calls the types of weights that are not quantised."""
 
 
 class OfficialCheckpoint(NamedTuple):
@@ -83,10 +86,23 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: names are left over that belong to no known spelling, or an attention layer is incomplete; they are
             listed.
     """
-    converted = {_rename(name): tensor for name, tensor in state_dict.items()}
+    if wrong := [name for name in state_dict if not isinstance(name, str)]:
+        raise ValueError(
+            f"a weight has the name {wrong[0]!r}, which is not text; pass a dictionary of names to tensors."
+        )
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        if (ours := _rename(name)) in converted:
+            raise ValueError(f"two weights are {ours}, one of them under the name {name}; remove one.")
+        converted[ours] = tensor
     for query in [name for name in converted if ".attn.query." in name]:
         parts = [query.replace(".attn.query.", f".attn.{part}.") for part in ("query", "key", "value")]
         if all(part in converted for part in parts):
+            if len({converted[part].shape for part in parts}) > 1 or converted[query].ndim == 0:
+                raise ValueError(
+                    f"{', '.join(f'{part} is {shape_of(converted[part])}' for part in parts)}; queries, keys and "
+                    "values need one shape."
+                )
             joined = torch.cat([converted.pop(part) for part in parts])
             converted[query.replace(".attn.query.", ".attn.qkv.")] = joined
     if left_over := [name for name in converted if not OURS.fullmatch(name)]:
@@ -105,20 +121,29 @@ def load_official_checkpoint(path: str | os.PathLike[str]) -> OfficialCheckpoint
         path: a file holding `{"model": weights, ...}` or the weights alone.
 
     Raises:
-        ValueError: the file holds objects other than tensors, plain data and `argparse.Namespace`, or no weights.
+        ValueError: the file holds objects other than tensors, plain data and `argparse.Namespace`, or no weights, or it
+            is damaged or of another format.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged pickle can raise anything
+        if isinstance(error, pickle.UnpicklingError) and (zipfile.is_zipfile(path) or "GLOBAL" in str(error)):
+            raise ValueError(
+                f"{path} is refused: it holds Python objects other than tensors and argparse.Namespace, which could "
+                "run code when read. Ask its author for a safetensors file."
+            ) from error
+        why = "is damaged" if zipfile.is_zipfile(path) else "is damaged, or not a file of PyTorch"
         raise ValueError(
-            f"{path} is refused: it holds Python objects other than tensors and argparse.Namespace, which could run "
-            "code when read. Ask its author for a safetensors file."
+            f"{path} {why}: it cannot be read ({type(error).__name__}). Copy or download it again, or name another."
         ) from error
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} holds no weights; expected a dictionary of tensors, or one under 'model'.")
-    state_dict = convert_state_dict(weights)
+    try:
+        state_dict = convert_state_dict(weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     args = content.get("args")
     return OfficialCheckpoint(
         state_dict,
@@ -144,6 +169,16 @@ def config_from_state_dict(
         ValueError: a needed field can neither be inferred nor is given.
     """
     args = args or {}
+    needed = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
+    if "decoder_embed.weight" in state_dict:
+        needed |= {"decoder_embed.weight": 2, "decoder_blocks.0.mlp.fc1.weight": 2}
+    for name, dimensions in needed.items():
+        if name not in state_dict or state_dict[name].ndim != dimensions:
+            found = shape_of(state_dict[name]) if name in state_dict else "missing"
+            raise ValueError(
+                f"{name} is {found}, and without its {dimensions} dimensions the weights do not tell their "
+                "architecture; use a whole checkpoint of a masked autoencoder."
+            )
     width, channels, *patch = state_dict["patch_embed.proj.weight"].shape
     fields: dict[str, Any] = {
         "num_channels": channels,
@@ -190,37 +225,92 @@ def config_from_state_dict(
     return MAEConfig(**(fields | overrides))
 
 
-def load_folder(name: str | os.PathLike[str], *, subfolder: str = "", **hub: Any) -> dict[str, Tensor]:
-    """Read the safetensors weights of a local folder or Hub repository under our names.
+def load_folder(folder: Path, *, variant: str | None = None) -> dict[str, Tensor]:
+    """Read the safetensors weights of a model folder under our names.
 
     Args:
-        name: path or Hub id.
-        subfolder: folder inside it.
-        hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+        folder: on this machine, see `hf_mae.resolve`.
+        variant: as for `from_pretrained`.
 
     Raises:
-        ValueError: there are no safetensors files. Pickled `.bin` files are not read.
+        ValueError: there are no safetensors files, they are damaged or do not fit together, or names are left over.
+            Pickled `.bin` files are not read.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        patterns = [f"{subfolder}/model*.safetensors" if subfolder else "model*.safetensors"]
-        folder = Path(
-            patient(
-                f"loading {name} from the Hub", lambda: snapshot_download(str(name), allow_patterns=patterns, **hub)
-            )
-        )
-    folder /= subfolder
-    whole = folder / "model.safetensors"
-    files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{name} has no model.safetensors; pickled weights are not read. "
-            "Use a revision that has safetensors, or convert the weights with their own library."
-        )
+    check_files(folder, variant=variant)
     state_dict: dict[str, Tensor] = {}
-    for file in files:
+    for file in weight_files(folder, variant=variant):
         state_dict |= load_file(file)
-    return convert_state_dict(state_dict)
+    try:
+        return convert_state_dict(state_dict)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def check_files(folder: Path, *, variant: str | None = None) -> None:
+    """Look at the headers of the safetensors files of a model folder, not at the weights.
+
+    Raises:
+        ValueError: a file is damaged, weights are quantised, or several files do not hold what their index says.
+    """
+    files = weight_files(folder, variant=variant)
+    place: dict[str, str] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as content:
+                dtypes = {name: content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{file} is damaged, or not a safetensors file ({error}, {file.stat().st_size} bytes); copy or "
+                "download it again."
+            ) from error
+        for name, dtype in dtypes.items():
+            if dtype not in FLOATS and not name.endswith("num_batches_tracked"):
+                raise ValueError(
+                    f"{name} of {file} is {dtype}, not a plain float: quantised weights are not read; use the model "
+                    "they were made of."
+                )
+            if name in place:
+                raise ValueError(f"{name} is in {place[name]} and in {file.name} of {folder}; remove one of them.")
+            place[name] = file.name
+    index = index_of(folder, variant=variant)
+    if index is not None:
+        listed = read_index(index)
+        if wrong := sorted(name for name in listed.keys() | place.keys() if listed.get(name) != place.get(name)):
+            name = wrong[0]
+            raise ValueError(
+                f"{index} and its files differ in {len(wrong)} weights: {name} is in "
+                f"{listed.get(name, 'no file')} by the index and in {place.get(name, 'no file')} in fact; copy or "
+                "download the folder again."
+            )
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor]], source: object) -> None:
+    """Refuse weights with NaN or infinity in them. One pass of sums, a tenth of a second for a ViT-L.
+
+    Args:
+        weights: names and tensors; those without storage and those that are not floats are passed over.
+        source: where they are from, for the message.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    for name, tensor in weights:
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        # NaN and infinity stay in a sum; a sum of finite numbers that is too large is looked at again.
+        if not tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            if bad:
+                raise ValueError(
+                    f"weight {name} of {source} is not finite ({bad:,} of {tensor.numel():,} values are NaN or "
+                    "infinite): its training diverged or the file is damaged; use an earlier checkpoint, or get it "
+                    "again."
+                )
+
+
+def shape_of(tensor: Tensor) -> str:
+    """Return the shape of a tensor as text: `48 x 192`, or `a scalar`."""
+    return " x ".join(map(str, tensor.shape)) or "a scalar"
 
 
 def list_names(names: list[str]) -> str:

@@ -20,11 +20,18 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from hf_mae.models.configuration_mae import MAEConfig, height_width
-from hf_mae.models.convert import config_from_state_dict, list_names, load_folder, load_official_checkpoint
+from hf_mae.models.convert import (
+    check_finite,
+    config_from_state_dict,
+    list_names,
+    load_folder,
+    load_official_checkpoint,
+)
 from hf_mae.models.layers import Block, drop_path
-from hf_mae.models.modeling_mae import MAEModelOutput, MAEPreTrainedModel
+from hf_mae.models.modeling_mae import MAEModelOutput, MAEPreTrainedModel, wrong_shapes
 from hf_mae.models.pos_embed import Interpolation, resize_pos_embed
 from hf_mae.recipes.base import Size
+from hf_mae.resolve import fetch, locate
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -294,7 +301,8 @@ class MAEForImageClassification(MAEPreTrainedModel):
         cls,
         name: str | os.PathLike[str],
         *,
-        id2label: Mapping[int, str],
+        id2label: Mapping[int, str] | None = None,
+        num_labels: int | None = None,
         image_size: Size | None = None,
         pool: Literal["mean", "cls"] = "mean",
         head: Literal["linear", "batchnorm"] = "linear",
@@ -310,9 +318,11 @@ class MAEForImageClassification(MAEPreTrainedModel):
         classes whose names stay, see `resize_head`.
 
         Args:
-            name: a folder or Hub id of this package's classes or in the layout of facebook/vit-mae-*, or a `.pth` file
-                of the official code.
+            name: as for `from_pretrained`: a run folder, a model folder or Hub id of this package's classes or in the
+                layout of facebook/vit-mae-*, or a `.pth` file of the official code.
             id2label: names of the classes 0 to n - 1.
+            num_labels: how many classes there are, where they have no names (they are then LABEL_0, ..., and no row of
+                a head is kept); with `id2label` it has to agree.
             image_size: input size in pixels; None is the encoder's. Another resizes the positions (bicubic).
             pool: what the head reads, see the module.
             head: see `MAEConfig`.
@@ -326,12 +336,13 @@ class MAEForImageClassification(MAEPreTrainedModel):
         Raises:
             ValueError: a field differs from the encoder's, weights are missing or left over, or the source is refused.
         """
-        labels = _check_id2label(id2label)
+        labels = _labels(id2label, num_labels)
         wanted = {field: value for field, value in architecture.items() if value is not None}
-        source, weights = _read(name, wanted)
+        source, weights, name = _read(name, wanted)
         _check_architecture(name, source, wanted)
         same_pool = "fc_norm.weight" in weights if pool == "mean" else "norm.weight" in weights
-        keeps_head = same_pool and source.head == head and ("head.weight" in weights or "head.1.weight" in weights)
+        has_head = "head.weight" in weights or "head.1.weight" in weights
+        keeps_head = same_pool and source.head == head and has_head and id2label is not None
         changes = {
             "pool": pool,
             "head": head,
@@ -367,6 +378,9 @@ class MAEForImageClassification(MAEPreTrainedModel):
         super()._check_loading(
             {"missing_keys": own.keys() - weights.keys(), "unexpected_keys": weights.keys() - own.keys()}, name
         )
+        if wrong := {key: (weights[key].shape, own[key].shape) for key in own if weights[key].shape != own[key].shape}:
+            raise wrong_shapes(name, wrong)
+        check_finite(weights.items(), name)
         self.load_state_dict(weights)
 
     def _fresh(self) -> list[set[str]]:
@@ -401,6 +415,22 @@ def _check_id2label(id2label: Mapping[int, str]) -> dict[int, str]:
     return {row: id2label[row] for row in range(len(id2label))}
 
 
+def _labels(id2label: Mapping[int, str] | None, num_labels: int | None) -> dict[int, str]:
+    if id2label is None:
+        if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
+            raise ValueError(
+                f"id2label is not given and num_labels={num_labels!r}; name the classes 0 to n - 1 with id2label=, or "
+                "say how many there are with num_labels=N."
+            )
+        return {row: f"LABEL_{row}" for row in range(num_labels)}
+    labels = _check_id2label(id2label)
+    if num_labels not in (None, len(labels)):
+        raise ValueError(
+            f"num_labels={num_labels} contradicts id2label, which names {len(labels)}; leave num_labels out."
+        )
+    return labels
+
+
 def _occurrences(labels: Mapping[int, str]) -> dict[tuple[str, int], int]:
     # ImageNet has two cranes: a name and how often it stood before -> the class.
     seen: dict[str, int] = {}
@@ -411,13 +441,18 @@ def _occurrences(labels: Mapping[int, str]) -> dict[tuple[str, int], int]:
     return rows
 
 
-def _read(name: str | os.PathLike[str], wanted: Mapping[str, Any]) -> tuple[MAEConfig, dict[str, Tensor]]:
-    if not os.path.isfile(name):
-        return MAEConfig.from_pretrained(name), load_folder(name)
-    weights = load_official_checkpoint(name).state_dict
+def _read(
+    name: str | os.PathLike[str], wanted: Mapping[str, Any]
+) -> tuple[MAEConfig, dict[str, Tensor], str | os.PathLike[str]]:
+    """Return config and weights of an encoder, and where it was found."""
+    found = locate(name)
+    folder = fetch(found) if isinstance(found, str) else found
+    if not folder.is_file():
+        return MAEConfig.from_pretrained(folder), load_folder(folder), found
+    weights = load_official_checkpoint(folder).state_dict
     weights = {key: value for key, value in weights.items() if not key.startswith("decoder_")}
     unseen = {field: wanted[field] for field in ("num_attention_heads", "layer_norm_eps") if field in wanted}
-    return config_from_state_dict(weights, **unseen), weights
+    return config_from_state_dict(weights, **unseen), weights, found
 
 
 def _check_architecture(name: str | os.PathLike[str], source: MAEConfig, wanted: Mapping[str, Any]) -> None:

@@ -11,10 +11,13 @@ head, the target and the loss are computed for removed patches only. Measured in
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -25,12 +28,19 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from hf_mae.models.configuration_mae import MAEConfig, height_width
-from hf_mae.models.convert import config_from_state_dict, list_names, load_folder, load_official_checkpoint
+from hf_mae.models.convert import (
+    check_files,
+    check_finite,
+    config_from_state_dict,
+    list_names,
+    load_folder,
+    load_official_checkpoint,
+)
 from hf_mae.models.layers import Block, Mlp, PatchEmbed
 from hf_mae.models.masking import Masking, count_kept, mask_from_noise, mask_noise, num_uniforms
 from hf_mae.models.pos_embed import Interpolation, positions_for, sincos_pos_embed
 from hf_mae.models.targets import make_target, patchify, unpatchify
-from hf_mae.patience import patient
+from hf_mae.resolve import fetch, locate, read_config
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -308,53 +318,69 @@ class MAEPreTrainedModel(PreTrainedModel):
         """Load a model and refuse to leave a weight out.
 
         Args:
-            pretrained_model_name_or_path: a folder or Hub id, written by this package or in the layout of
-                facebook/vit-mae-*, with safetensors weights under any of their names.
+            pretrained_model_name_or_path: what the command line takes for a model: a run folder (its newest whole
+                checkpoint), a model folder or Hub id, written by this package or in the layout of facebook/vit-mae-*,
+                with safetensors weights under any of their names; or a `.pth` file of the official code.
             model_args: passed on.
             output_loading_info: return the report of `transformers` as well.
-            kwargs: as for `PreTrainedModel.from_pretrained`.
+            kwargs: as for `PreTrainedModel.from_pretrained`; of an official file also what its weights do not show,
+                see `from_official`. With `ignore_mismatched_sizes=True` a head of other classes is new.
 
         Raises:
-            ValueError: weights are missing or unexpected (the decoder may be left unread by an encoder), the folder
-                describes another architecture, or the path is a single file.
+            ValueError: weights are missing, unexpected (the decoder may be left unread by an encoder), of another
+                shape or not finite; a file is damaged or missing (also an OSError); or the folder describes another
+                architecture.
+            OSError: there is no such repository on the Hub.
             RuntimeError: the Hub did not answer in several tries.
         """
         name = pretrained_model_name_or_path
-        if name is None or os.path.exists(name):
-            return cls._load(name, *model_args, output_loading_info=output_loading_info, **kwargs)
-        return patient(
-            f"loading {name} from the Hub",
-            lambda: cls._load(name, *model_args, output_loading_info=output_loading_info, **kwargs),
-        )
-
-    @classmethod
-    def _load(
-        cls, name: str | os.PathLike[str] | None, *model_args: Any, output_loading_info: bool, **kwargs: Any
-    ) -> Any:
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors=False would read pickled weights; leave it out, or use from_official.")
-        if name is not None and os.path.isfile(name):
-            raise ValueError(f"{name} is a file; pass its folder, or call from_official for an official .pth file.")
-        if name is not None and "state_dict" not in kwargs:
-            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            subfolder = kwargs.get("subfolder", "")
-            values, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder, **hub)
-            if values.get("model_type") == "vit_mae":
-                if not isinstance(config := kwargs.get("config") or name, PreTrainedConfig):
-                    # "auto" is for the loader, not for the config; num_labels is stored as id2label.
-                    known = MAEConfig().to_dict().keys() - {"dtype"} | {"num_labels"}
-                    fields = {key: kwargs.pop(key) for key in list(kwargs) if key in known}
-                    kwargs["config"] = MAEConfig.from_pretrained(config, subfolder=subfolder, **hub, **fields)
-                kwargs["state_dict"] = load_folder(name, subfolder=subfolder, **hub)
-        converted = "state_dict" in kwargs
-        model, info = cast(
-            "tuple[Self, dict[str, Any]]",
-            super().from_pretrained(None if converted else name, *model_args, output_loading_info=True, **kwargs),
-        )
-        if converted:  # transformers saw no name
-            model.name_or_path = model.config.name_or_path = str(name or "")
-        model._check_loading(info, name or "the state_dict")
-        return (model, info) if output_loading_info else model
+        if name is None or "state_dict" in kwargs:
+            return cls._build(None, name or "the state_dict", *model_args, info=output_loading_info, **kwargs)
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        subfolder, variant = kwargs.pop("subfolder", ""), kwargs.get("variant")
+        found = locate(name, subfolder=subfolder)
+        folder = fetch(found, subfolder=subfolder, variant=variant, **hub) if isinstance(found, str) else found
+        is_file = folder.is_file()
+        if is_file or _is_vit_mae(folder):
+            checkpoint = load_official_checkpoint(folder) if is_file else None
+            given = kwargs.pop("config", None)
+            if not isinstance(given, PreTrainedConfig):
+                # "auto" is for the loader, not for the config; num_labels is stored as id2label.
+                known = MAEConfig().to_dict().keys() - {"dtype"} | {"num_labels"}
+                fields = {key: kwargs.pop(key) for key in list(kwargs) if key in known}
+                if checkpoint is not None and given is None:
+                    given = config_from_state_dict(checkpoint.state_dict, args=checkpoint.args, **fields)
+                else:
+                    given = MAEConfig.from_pretrained(given or folder, **fields)
+            weights = load_folder(folder, variant=variant) if checkpoint is None else checkpoint.state_dict
+            kwargs |= {"config": given, "state_dict": weights}
+        else:
+            check_files(folder, variant=variant)
+        shown = folder if isinstance(found, Path) else found
+        place = None if "state_dict" in kwargs else str(folder)
+        return cls._build(place, shown, *model_args, info=output_loading_info, **kwargs)
+
+    @classmethod
+    def _build(
+        cls, folder: str | None, source: str | os.PathLike[str], *model_args: Any, info: bool, **kwargs: Any
+    ) -> Any:
+        """Load a folder of ours, or the given config and state_dict, and check what came of it."""
+        may_be_new = kwargs.pop("ignore_mismatched_sizes", False)
+        with _held_report():
+            model, found = cast(
+                "tuple[Self, dict[str, Any]]",
+                super().from_pretrained(
+                    folder, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                ),
+            )
+            model._check_shapes(found, source, may_be_new=may_be_new)
+            model._check_loading(found, source)
+            check_finite(model.state_dict().items(), source)
+        if source != "the state_dict":
+            model.name_or_path = model.config.name_or_path = str(source)
+        return (model, found) if info else model
 
     @classmethod
     def from_official(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
@@ -365,17 +391,19 @@ class MAEPreTrainedModel(PreTrainedModel):
             overrides: fields of `MAEConfig` that the weights do not show, such as `norm_pix_loss`.
 
         Raises:
-            ValueError: the file is refused, a field cannot be inferred, or weights are missing.
+            ValueError: the file is refused, a field cannot be inferred, or weights are missing, of another shape or not
+                finite.
         """
         checkpoint = load_official_checkpoint(path)
         config = config_from_state_dict(checkpoint.state_dict, args=checkpoint.args, **overrides)
-        model, info = cast(
-            "tuple[Self, dict[str, Any]]",
-            super().from_pretrained(None, config=config, state_dict=checkpoint.state_dict, output_loading_info=True),
-        )
-        model.name_or_path = model.config.name_or_path = str(path)
-        model._check_loading(info, path)
-        return model
+        return cls._build(None, path, info=False, config=config, state_dict=checkpoint.state_dict)
+
+    def _check_shapes(self, info: dict[str, Any], source: str | os.PathLike[str], *, may_be_new: bool) -> None:
+        wrong = {name: (saved, own) for name, saved, own in info["mismatched_keys"]}
+        if may_be_new:  # transformers says so
+            wrong = {name: shapes for name, shapes in wrong.items() if not name.startswith("head.")}
+        if wrong:
+            raise ValueError(wrong_shapes(source, wrong))
 
     def _check_loading(self, info: dict[str, Any], source: str | os.PathLike[str]) -> None:
         # What a class may leave unread is named in its _keys_to_ignore_on_load_unexpected and is gone from `info`.
@@ -550,6 +578,60 @@ class MAEForPreTraining(MAEPreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+
+def wrong_shapes(
+    source: str | os.PathLike[str], wrong: Mapping[str, tuple[Sequence[int], Sequence[int]]]
+) -> ValueError:
+    """Return the error of weights that have other shapes than the model.
+
+    Args:
+        source: where the weights are from.
+        wrong: names to the shapes of weight and model.
+    """
+    name = min(wrong)
+    saved, own = (" x ".join(map(str, shape)) for shape in wrong[name])
+    others = list_names([one for one in wrong if one != name])
+    remedy = "load them with the config that they were saved with, or get the folder again"
+    if all(one.startswith("head.") for one in wrong):
+        remedy = (
+            "for other classes build a new head: MAEForImageClassification.from_encoder(..., num_labels=N), or "
+            "ignore_mismatched_sizes=True"
+        )
+    elif all(one.endswith("pos_embed") for one in wrong):
+        remedy = (
+            "load them at their own image_size and pass interpolate_pos_encoding=True to forward, or build a "
+            "classifier of another size with from_encoder(..., image_size=N)"
+        )
+    return ValueError(
+        f"the weights of {source} have other shapes than its config says: {name} is {saved} and has to be {own}"
+        f"{f' (also {others})' if others else ''}; {remedy}."
+    )
+
+
+def _is_vit_mae(folder: Path) -> bool:
+    if read_config(folder).get("model_type") == "vit_mae":
+        return True
+    MAEConfig.get_config_dict(folder)  # refuses what is not ours
+    return False
+
+
+@contextmanager
+def _held_report() -> Iterator[None]:
+    """Keep back what transformers logs of a loading, and log it unless an error says it in one sentence."""
+    logger, held = logging.getLogger(PreTrainedModel.__module__), []
+
+    def hold(record: logging.LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    logger.addFilter(hold)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hold)
+    for record in held:
+        logger.handle(record)
 
 
 def _gather(tokens: Tensor, ids: Tensor) -> Tensor:

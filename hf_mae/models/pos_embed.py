@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Interpolation: TypeAlias = Literal["bicubic", "sincos"]
+Interpolation: TypeAlias = Literal["bicubic", "sincos"] | bool
+"""What to do at another image size: True is `bicubic`, as stock transformers do it; False is None."""
 
 
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -66,7 +67,10 @@ def positions_for(
         table: [1, 1 + L_table, D].
         table_grid: rows and columns the model was built for.
         grid: rows and columns of the input.
-        how: `bicubic` resizes the table in two dimensions, `sincos` computes it anew; None accepts only `table_grid`.
+        how: `bicubic`, or True as in stock transformers, resizes the table in two dimensions, also a sine-cosine one;
+            `sincos` computes it anew; None or False accept only `table_grid`.
+            # Differs from ViTMAEForPreTraining, whose decoder resizes its table in one dimension, along the flattened
+            # patches: here both tables are resized alike. The encoder is equal to ViTMAEModel and ViTModel.
         fixed: the table is the sine-cosine one.
 
     Returns:
@@ -77,15 +81,17 @@ def positions_for(
     """
     if grid == table_grid:
         return table
-    if how == "bicubic":
+    if how is True or how == "bicubic":
         return resize_pos_embed(table, table_grid, grid)
     if how == "sincos" and fixed:
         return sincos_pos_embed(table.shape[-1], grid)[None].to(table)
     if how == "sincos":
         raise ValueError("interpolate_pos_encoding='sincos' would replace learned positions; use 'bicubic'.")
-    if how is not None:
-        raise ValueError(f"interpolate_pos_encoding={how!r} is unknown; use 'bicubic', 'sincos' or None.")
+    if how is not None and how is not False:
+        raise ValueError(
+            f"interpolate_pos_encoding={how!r} is unknown; use 'bicubic', 'sincos' or None (True is 'bicubic')."
+        )
     raise ValueError(
         f"pixel_values make {grid[0]} x {grid[1]} patches, but the model was built for {table_grid[0]} x "
-        f"{table_grid[1]}; resize the images, or pass interpolate_pos_encoding='sincos' or 'bicubic'."
+        f"{table_grid[1]}; resize the images, or pass interpolate_pos_encoding=True, 'sincos' or 'bicubic' (as True)."
     )

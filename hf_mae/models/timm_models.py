@@ -325,7 +325,9 @@ def _filled(source: TimmSource, spec: TimmSpec) -> nn.Module:
     try:
         return _build(spec, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the weights of {source.name} do not fit timm's {spec.architecture}: {error}") from error
+        raise ValueError(
+            f"the weights of {source.name} do not fit timm's {spec.architecture}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _occurrences(names: Sequence[str]) -> dict[tuple[str, int], int]:

@@ -7,7 +7,6 @@ can carry code.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_mae.models.convert import check_finite
 from hf_mae.patience import patient
+from hf_mae.resolve import read_config, read_json
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,7 @@ class TimmSpec:
 
 def is_timm_folder(folder: Path) -> bool:
     """Return whether a folder is in timm's format: its `config.json` names an architecture and preprocessing."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return False
-    config = json.loads(path.read_text())
-    return isinstance(config, dict) and {"architecture", "pretrained_cfg"} <= config.keys()
+    return (folder / "config.json").is_file() and {"architecture", "pretrained_cfg"} <= read_config(folder).keys()
 
 
 @dataclass(frozen=True)
@@ -87,14 +84,21 @@ def read_source(name: str | Path) -> TimmSource:
         ValueError: there is no such model, it is not in timm's format, or its weights are not safetensors.
     """
     config_path, weights_path = _files(str(name))
-    config = json.loads(config_path.read_text())
-    if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
+    config = read_json(config_path)
+    if not {"architecture", "pretrained_cfg"} <= config.keys():
         raise ValueError(f"{name} is not a model in timm's format: its config.json names no architecture of timm")
     try:
         weights = load_file(weights_path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights_path} cannot be read ({error}); copy or download it again") from error
-    return TimmSource(str(name), _spec(config, str(name)), weights)
+    check_finite(weights.items(), name)
+    try:
+        return TimmSource(str(name), _spec(config, str(name)), weights)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"the config.json of {name} lacks or misspells a field of timm ({type(error).__name__}: {error}); copy or "
+            "download it again"
+        ) from error
 
 
 def _files(name: str) -> tuple[Path, Path]:

@@ -17,7 +17,6 @@ removing a tree is not atomic.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -41,6 +40,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from hf_mae.resolve import damage as damage
+from hf_mae.resolve import list_checkpoints as list_checkpoints
+from hf_mae.resolve import newest_checkpoint as newest_checkpoint
+from hf_mae.resolve import sha256
 from hf_mae.training.distributed import agree, full, shard_like
 from hf_mae.training.optim import MovingAverage
 
@@ -173,7 +176,7 @@ def gather_average(average: MovingAverage) -> dict[str, Tensor]:
 def commit(temporary: Path, final: Path) -> None:
     """Hash every file into manifest.json, sync files and folders, and rename `temporary` to `final`."""
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    entries = {p.relative_to(temporary).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
+    entries = {p.relative_to(temporary).as_posix(): [p.stat().st_size, sha256(p)] for p in files}
     (temporary / "manifest.json").write_text(json.dumps(entries, indent=1))
     for path in [*files, temporary / "manifest.json", *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         _sync(path)
@@ -278,47 +281,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------ reading
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the committed checkpoint folders, oldest first, without checking what is in them."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
-
-
-def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder, or None if every file is what its manifest says."""
-    try:
-        entries = json.loads((checkpoint / "manifest.json").read_text())
-        for name, (size, digest) in entries.items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, not {size}"
-            if _sha256(path) != digest:
-                return f"{name} does not match its SHA-256"
-    except (OSError, ValueError) as error:
-        return f"manifest.json cannot be used ({error})"
-    return None
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint, and one line about each newer, damaged one."""
-    skipped = []
-    for checkpoint in reversed(list_checkpoints(folder)):
-        if (wrong := damage(checkpoint)) is None:
-            return checkpoint, skipped
-        skipped.append(f"skipping damaged checkpoint {checkpoint}: {wrong}")
-    return None, skipped
 
 
 def read_data_state(checkpoint: Path) -> dict[str, Any]:

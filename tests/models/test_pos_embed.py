@@ -6,7 +6,11 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
+from hf_mae.exporting.stock import as_classifier, as_vit_encoder, as_vit_mae
+from hf_mae.models.modeling_classification import MAEForImageClassification
+from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel
 from hf_mae.models.pos_embed import positions_for, resize_pos_embed, sincos_pos_embed
 
 
@@ -67,3 +71,69 @@ def test_sincos_at_another_size_is_the_table_of_that_size():
 def test_another_size_needs_a_decision(how, fixed, message):
     with pytest.raises(ValueError, match=message):
         positions_for(torch.zeros(1, 5, 8), (2, 2), (3, 5), how, fixed=fixed)
+
+
+# As stock transformers
+
+
+def as_stock(stock, kind):
+    options = {"add_pooling_layer": False} if kind is ViTModel else {}
+    return kind.from_pretrained(None, config=stock.config, state_dict=dict(stock.weights), **options).eval()
+
+
+@pytest.mark.parametrize("pos_embed", ["sincos", "learned"])
+@pytest.mark.parametrize("size", [(48, 48), (32, 32), (24, 56), (16, 64)])
+def test_true_does_what_stock_models_do_at_another_size(tiny, size, pos_embed):
+    torch.manual_seed(0)
+    pixels = torch.randn(2, 3, *size)
+    model = MAEForPreTraining(tiny(pos_embed="sincos")).eval()
+    model.config.pos_embed = pos_embed
+    encoder = MAEModel(model.config).eval()
+    encoder.load_state_dict({name: model.state_dict()[name] for name in encoder.state_dict()})
+    stock = as_stock(as_vit_encoder(encoder), ViTModel)
+    with torch.no_grad():
+        ours = encoder(pixels, interpolate_pos_encoding=True).last_hidden_state
+        theirs = stock(pixels, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    if pos_embed == "learned":
+        return
+    stock = as_stock(as_vit_mae(model), ViTMAEForPreTraining).vit
+    noise = torch.rand(2, size[0] // 8 * (size[1] // 8))
+    with torch.no_grad():
+        ours = encoder(pixels, noise, interpolate_pos_encoding=True).last_hidden_state
+        theirs = stock(pixels, noise, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_classifiers_take_true_as_stock_ones_do(tiny):
+    torch.manual_seed(0)
+    model = MAEForImageClassification(tiny(pool="cls", num_labels=5, head_init_std=0.5)).eval()
+    stock = as_stock(as_classifier(model), ViTForImageClassification)
+    pixels = torch.randn(2, 3, 40, 56)
+    with torch.no_grad():
+        ours = model(pixels, interpolate_pos_encoding=True).logits
+        theirs = stock(pixels, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_both_tables_of_a_pretraining_model_are_resized_in_two_dimensions(tiny):
+    torch.manual_seed(0)
+    model = MAEForPreTraining(tiny()).eval()
+    larger = MAEForPreTraining(tiny(image_size=(48, 40))).eval()
+    weights = model.state_dict()
+    for name in ("pos_embed", "decoder_pos_embed"):
+        weights[name] = resize_pos_embed(weights[name], (4, 4), (6, 5))
+    larger.load_state_dict(weights)
+    pixels, noise = torch.randn(2, 3, 48, 40), torch.rand(2, 30)
+    ours, theirs = model(pixels, noise, interpolate_pos_encoding=True), larger(pixels, noise)
+    assert torch.equal(ours.pred, theirs.pred)
+    assert torch.equal(ours.loss, theirs.loss)
+
+
+@pytest.mark.parametrize("flag", [None, False])
+@pytest.mark.parametrize("kind", [MAEModel, MAEForPreTraining, MAEForImageClassification])
+def test_without_the_flag_another_size_is_refused(tiny, kind, flag):
+    model = kind(tiny())
+    with pytest.raises(ValueError, match="pass interpolate_pos_encoding=True"):
+        model(torch.zeros(1, 3, 48, 48), interpolate_pos_encoding=flag)
+    assert model(torch.zeros(1, 3, 32, 32), interpolate_pos_encoding=flag)

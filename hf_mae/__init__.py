@@ -31,6 +31,7 @@ _HOMES = {
 _IS_COMMAND = PurePath(sys.argv[0] if getattr(sys, "argv", None) else "").stem == "hf-mae"
 
 if TYPE_CHECKING:
+    from hf_mae import metrics as metrics
     from hf_mae.exporting.write import export
 
 if TYPE_CHECKING or not _IS_COMMAND:
@@ -53,6 +54,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "metrics":  # a room that nobody has imported yet: it needs `evaluate`, which takes a second
+        return importlib.import_module("hf_mae.metrics")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

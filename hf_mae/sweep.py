@@ -287,6 +287,7 @@ def _sweep(
             raise ValueError(f"run {Path(one.out).parent.name}: {error}") from error
     metric, accelerator = _metric_name(recipes), make_accelerator(recipes[0].engine)
     say = say or Printer(accelerator.is_main_process)
+    say(f"sweep: {name}: {', '.join(dict.fromkeys(key for key, _ in runs))} ({column}), {len(runs)} runs")
     found: dict[str, list[dict[str, Any]]] = {}
     summary: dict[str, Any] = {}
     for number, ((key, seed), one) in enumerate(runs.items(), 1):

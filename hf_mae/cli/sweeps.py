@@ -21,7 +21,7 @@ HELP = """hf-mae sweep partial [PRESET] --init-from MODEL [...]            linea
 hf-mae sweep seeds [COMMAND] [PRESET] --n 5 [...]                one recipe with n seeds
 hf-mae sweep over [COMMAND] [PRESET] --vary FIELD=V1,V2 [...]    one field of a recipe with several values
 hf-mae sweep augment [PRESET] --data.path DATA [...]             the augmentations of the bird slides, and two of timm's
-hf-mae sweep transfer --init-from MODEL [...]                    fine-tune one model on the data sets of RSB's Table 5
+hf-mae sweep transfer --init-from MODEL [...]                    fine-tune one model on 5 of the 7 data sets of RSB
 hf-mae sweep resolution [PRESET] --models M1 M2 --sizes 160 224  top-1 by test resolution
 
 COMMAND is pretrain, finetune (default), probe or supervise. Every run has a folder of its own; a sweep that was stopped
@@ -66,7 +66,8 @@ class AugmentArguments:
     """What `hf-mae sweep augment` takes: which pipelines, and a whole recipe."""
 
     pipelines: tuple[str, ...] = tuple(name for name in BIRD_AUGMENTS if name != "a")
-    """Pipelines of the bird slides, (a) to (f); none; auto-augment; rand-augment."""
+    """Pipelines of the bird slides, (a) to (f); none; auto-augment; rand-augment. (a) is (b) at 64 pixels
+    (`--model.image-size 64`), and left out by default; erasing and the strengths of (d) are timm's."""
     seeds: int = 1
     """Runs of each pipeline."""
     recipe: Annotated[SuperviseRecipe, tyro.conf.arg(name="")]
@@ -74,24 +75,28 @@ class AugmentArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferArguments:
-    """What `hf-mae sweep transfer` takes: which data sets, and what all of their recipes share."""
+    """What `hf-mae sweep transfer` takes: which data sets, and what all of their recipes share.
+
+    One learning rate, batch and length for all data sets, where the paper tuned each and did not publish its values.
+    """
 
     init_from: str
     """The model to fine-tune: a run folder, a folder in timm's format, a Hub id, or a name of timm's weights."""
     data_sets: tuple[str, ...] = tuple(r.name.removeprefix("transfer-") for r in TRANSFER if r.data.path)
-    """Data sets; those without a public copy are trained by themselves (supervise transfer-NAME --data.path DATA)."""
+    """Data sets of RSB's Table 5: by default the five of seven with a copy on the Hub. inat2018 and inat2019 are
+    trained by themselves (supervise transfer-NAME --data.path DATA)."""
     seeds: int = 1
     """Runs of each data set."""
     architecture: str = "resnet50"
     """Architecture of the model."""
     image_size: Size = 224
-    """Height and width of pictures in pixels."""
+    """Height and width of images in pixels."""
     epochs: float = 100.0
     """Length of each run, in passes over its data."""
     global_batch: int = 256
     """Images per optimizer update."""
     base_lr: float = 0.005
-    """Learning rate at a global batch of 256."""
+    """Learning rate at a global batch of 256, the same for every data set; the paper tuned each."""
     num_workers: int = 2
     """Decoders per process."""
     out: str = "runs/transfer"
@@ -219,7 +224,7 @@ def _transfer(given: TransferArguments, chosen: Collection[str]) -> None:
         )
     from hf_mae.sweep import sweep_variants
 
-    title, train = f"transfer of {given.init_from}", _with_defaults(chosen)
+    title, train = f"transfer of {given.init_from}, one lr for all", _with_defaults(chosen)
     sweep_variants(runs, seeds=given.seeds, out=given.out, title=title, train=train)
 
 

@@ -218,7 +218,7 @@ def smooth(values: Sequence[float], half: int) -> list[float]:
 def _read(search: Recipe, *, low: float, high: float, descending: bool) -> dict[str, Any]:
     folder = Path(search.out)
     if (folder / "stopped_by_signal").exists():
-        raise RuntimeError("the search was stopped by a signal; run the same command again")
+        raise RuntimeError("the search was stopped by a signal; run the same command again, it begins anew")
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row.get("loss") is not None]
     lrs, losses = [row["lr"] for row in rows], [row["loss"] for row in rows]
     smoothed, used, steepest = suggest(lrs, losses)
@@ -302,6 +302,12 @@ def _unmeasured(kind: type[Training[Any]]) -> type[Training[Any]]:
 
         def judge(self, out: Path, task: Any, average: Any, accelerator: Any) -> None:
             return None
+
+        def baseline_loss(self, inner: Any) -> None:
+            return None  # a loss that blows up is what a search looks for
+
+        def after_stop(self) -> str:
+            return "a search always begins anew"
 
         def report(self, out: Path, rows: Any, verdict: str, say: Any) -> None:
             """Say nothing: the search does."""

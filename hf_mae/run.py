@@ -110,8 +110,8 @@ class Training(ABC, Generic[R]):
         """Return what is measured while training."""
 
     @abstractmethod
-    def baseline_loss(self, inner: nn.Module) -> float:
-        """Return the loss of a prediction that ignores the input."""
+    def baseline_loss(self, inner: nn.Module) -> float | None:
+        """Return the loss of a prediction that ignores the input; None: nobody is told whether the run learns."""
 
     @abstractmethod
     def extras(self, images_per_epoch: int) -> Callable[..., Mapping[str, Tensor]] | None:
@@ -130,6 +130,12 @@ class Training(ABC, Generic[R]):
     def describe(self, optimizer: torch.optim.Optimizer, plan: Plan) -> list[str]:
         """Return lines to print before the first update."""
         return []
+
+    def after_stop(self) -> str:
+        """Return what the same command does with a run that a signal has stopped and that was saved."""
+        if self.recipe.resume == "auto":
+            return "the same command continues"
+        return f"--resume auto in place of {self.recipe.resume} continues"
 
     @abstractmethod
     def report(self, out: Path, rows: list[dict[str, Any]], verdict: str, say: Printer) -> None:
@@ -310,7 +316,7 @@ def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accele
         if outcome == "stopped":
             if accelerator.is_main_process:
                 (out / "stopped_by_signal").write_text(f"{stop.received or 'another rank'} at step {state.step}\n")
-            say(f"stopped by a signal after step {state.step}, saved; the same command continues")
+            say(f"stopped by a signal after step {state.step}, saved; {training.after_stop()}")
     if outcome != "stopped" and accelerator.is_main_process:
         rows_written = read_rows(out / "metrics.jsonl")
         training.report(out, rows_written, monitor.verdict(), say)

@@ -54,7 +54,8 @@ def sweep_partial(
     """Fine-tune the last K blocks for several K, like Fig. 9 of the paper. A collective: every process calls it.
 
     The point at 0 is the linear probe, as in the paper: its own recipe (`hf_mae.recipes.transfer.probe_of`), not a head
-    that is trained by the recipe of fine-tuning.
+    that is trained by the recipe of fine-tuning. The paper takes the best of 50, 100 and 200 epochs for each K; here
+    all K have the recipe's.
 
     Args:
         recipe: all but `trainable_blocks`, `seed` and `out`, under which the runs are put.

@@ -231,3 +231,25 @@ def test_an_interrupted_search_is_no_result(recipe):
 
     with pytest.raises(RuntimeError, match="stopped by a signal; run the same command again"):
         lr_find(recipe, train=train)
+
+
+def test_an_interrupted_search_does_not_promise_to_continue(recipe, monkeypatch, capsys):
+    monkeypatch.setattr("hf_mae.training.signals.StopSignal.agreed", lambda _: True)
+    with pytest.raises(RuntimeError, match="begins anew"):
+        lr_find(recipe, steps=10)
+    said = capsys.readouterr().err
+    assert "stopped by a signal after step 1" in said
+    assert "continues" not in said
+
+
+@pytest.mark.parametrize("kind", ["finetune", "pretrain"])
+def test_a_search_that_diverges_is_not_said_not_to_learn(recipe, kind, tmp_path, capsys):
+    """The warning of a run comes from its hundredth update on; the loss of a search is meant to blow up there."""
+    evals = replace(QUICKSTART.evals, knn=False)
+    small = replace(QUICKSTART, out=str(tmp_path / "pretrain"), global_batch=16, num_workers=0, evals=evals)
+    one = recipe if kind == "finetune" else small
+    found = lr_find(replace(one, global_batch=16), low=1e-3, high=50.0, steps=105)
+    assert found["rows"][-1]["loss"] > found["rows"][0]["loss"]
+    said = capsys.readouterr().err
+    assert "learning: loss" not in said
+    assert "base-lr three times" not in said

@@ -314,6 +314,16 @@ def test_a_batch_that_repeats_do_not_divide_is_refused_before_data_is_opened(rec
         pretrain(replace(recipe, data=replace(recipe.data, repeats=3, path="nowhere")))
 
 
+@pytest.mark.parametrize(("resume", "said"), [("auto", "the same command continues"), ("never", "--resume auto")])
+def test_a_stopped_run_says_what_continues_it(recipe, monkeypatch, capsys, resume, said):
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_mae.training.signals.StopSignal.agreed", lambda _: True)
+        pretrain(replace(recipe, resume=resume))
+    assert said in next(line for line in capsys.readouterr().err.splitlines() if "stopped by a signal" in line)
+    pretrain(replace(recipe, resume="auto"))
+    assert "resuming at step 1" in capsys.readouterr().err
+
+
 def test_float32_on_a_gpu_is_said_with_what_to_set(recipe):
     assert "--engine.precision bf16" in precision_advice(recipe, "cuda")
     assert precision_advice(recipe, "cpu") is None

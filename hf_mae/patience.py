@@ -16,10 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from http import HTTPStatus
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from huggingface_hub import get_token
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     DisabledRepoError,
     EntryNotFoundError,
@@ -32,6 +35,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 
 T = TypeVar("T")
 
@@ -47,6 +52,14 @@ LONGEST_PAUSE = 330.0
 LONGEST_WAIT = 900.0
 """Seconds that one `patient` takes in all, calls and pauses: below the half hour after which the other processes of a
 run that wait for this one end it. Waits one after another are not added up."""
+
+QUICK = 10.0
+"""Seconds that the Hub has for the answer whether it knows a name."""
+
+_FILES = (
+    *(".parquet", ".tar", ".zip", ".gz", ".tgz", ".arrow", ".json", ".jsonl", ".csv", ".txt", ".lance", ".npy", ".h5"),
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pth", ".pt", ".safetensors"),
+)
 
 _CLIENT = vars(sys.modules[HTTP_ERROR.__module__])
 _TRANSPORT: type[Exception] = _CLIENT["TransportError"]
@@ -112,6 +125,52 @@ def patient(
             (say or _log.warning)(f"{what}: {one_line(error)}; trying again in {pause:.0f} s ({n} of {tries} tries)")
         time.sleep(pause)
     raise AssertionError("tries is at least 1")
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Return whether the Hub could have a repository of that name: NAME or ORG/NAME, and not a path to a file."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or name.lower().endswith(_FILES):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def quick_look(repo_id: str, kind: Literal["model", "dataset"]) -> Exception | None:
+    """Ask the Hub once whether it has a repository: a slip in a path must not wait for what tries again for minutes.
+
+    Returns:
+        None where it may be opened: the Hub answered, or does not, but something of it is in a cache on this machine.
+        RepositoryNotFoundError where the Hub knows no such repository, which may be private. Else why the Hub could not
+        be asked.
+    """
+    try:
+        _look(repo_id, kind)
+    except RepositoryNotFoundError as error:
+        return None if isinstance(error, GatedRepoError) else error
+    except HfHubHTTPError:
+        return None  # busy, or the token is refused: what opens it says so in its own words, and waits if that helps
+    except (OSError, HTTP_ERROR) as error:
+        return None if _in_a_cache(repo_id, kind) else error
+    return None
+
+
+@cache
+def _look(repo_id: str, kind: Literal["model", "dataset"]) -> None:
+    """Raise what the Hub's client raises; an answer is remembered, an error is not."""
+    HfApi().repo_info(repo_id, repo_type=kind, timeout=QUICK)
+
+
+def _in_a_cache(repo_id: str, kind: Literal["model", "dataset"]) -> bool:
+    if (Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind)).exists():
+        return True
+    if kind == "model":
+        return False
+    from datasets.config import HF_DATASETS_CACHE  # takes a second to import
+
+    return any(Path(HF_DATASETS_CACHE).glob(f"{repo_id.replace('/', '___')}*"))
 
 
 def is_passing(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from hf_mae.patience import HTTP_ERROR, GaveUpError, is_worth_opening_again, one_line, patient
+from hf_mae.patience import HTTP_ERROR, GaveUpError, is_worth_opening_again, one_line, patient, quick_look
 
 ONE_OF_SEVERAL = (".bin", ".json", ".safetensors")
 """How files end that are one part of a model folder."""
@@ -95,6 +95,8 @@ def model_folder(name: str, *, field: str) -> Path | str:
     if isinstance(found, Path):
         return found
     try:
+        if (wrong := quick_look(found, "model")) is not None:
+            raise wrong
         before = try_to_load_from_cache(found, "config.json")
         what = f"opening {found} on the Hub"
         config = patient(what, lambda: cached_file(found, "config.json"), passing=is_worth_opening_again)

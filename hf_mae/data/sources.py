@@ -21,13 +21,25 @@ from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_mae.data.formats import ParquetSource, Source, holds_bytes, type_name
 from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.parts import SPLIT_NAMES, alike, list_parts, open_part
 from hf_mae.data.rows import ArrowSource, DigitsSource, FolderSource
 from hf_mae.data.webdataset import TarSource
-from hf_mae.patience import HTTP_ERROR, GaveUpError, is_overloaded, is_passing, one_line, patient, remedy, status_of
+from hf_mae.patience import (
+    HTTP_ERROR,
+    GaveUpError,
+    is_overloaded,
+    is_passing,
+    may_be_hub_id,
+    one_line,
+    patient,
+    quick_look,
+    remedy,
+    status_of,
+)
 from hf_mae.recipes.base import Data
 
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values")
@@ -431,8 +443,15 @@ def _builder(data: Data) -> Any:
     path = Path(data.path).expanduser()
     named = f"data.path={data.path!r}"
     local = path.exists()
-    if not local and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path):
-        raise ValueError(f"{named}: no such folder or file, and not the form of a Hub id{_nearby(path)}")
+    if not local and not may_be_hub_id(data.path):
+        raise ValueError(
+            f"{named}: no such folder or file, and not the form of a Hub id{_nearby(path)}; correct the path"
+        )
+    if not local and (wrong := quick_look(data.path, "dataset")) is not None:
+        if isinstance(wrong, RepositoryNotFoundError):
+            raise ValueError(_nowhere(data, path, one_line(wrong))) from wrong
+        if data.revision is None:  # a run that goes on names a commit it has read before, and waits for it
+            raise _unreachable(data, path, one_line(wrong)) from wrong
     try:
         if local:
             return load_dataset_builder(str(path), name=data.name, revision=data.revision)
@@ -447,20 +466,16 @@ def _builder(data: Data) -> Any:
             raise ValueError(
                 f"{named} is gated; accept its conditions on its page on the Hub, then log in with `hf auth login`"
             ) from error
-        raise ValueError(
-            f"{named} is neither a folder or file (looked for {path.absolute()}) nor a data set on the Hub that this "
-            f"token may read ({_line(error)}){_nearby(path)}"
-        ) from error
+        raise ValueError(_nowhere(data, path, _line(error))) from error
     except FileNotFoundError as error:
+        if "Hub either" in str(error):  # what it says where the Hub answers, but not the question
+            raise ValueError(_nowhere(data, path, _line(error))) from error
         raise ValueError(f"{named} holds no data files ({_line(error)})") from error
     except (OSError, HTTP_ERROR, GaveUpError) as error:
         status = status_of(error.__cause__ if isinstance(error, GaveUpError) and error.__cause__ else error)
         if local or (status is not None and (status == 429 or status >= 500)):
             raise RuntimeError(f"{named} could not be opened: {_line(error)}; try again later") from error
-        raise _UnreachableError(
-            f"{named} is not a folder or file (looked for {path.absolute()}), and the Hub cannot be reached "
-            f"({_line(error)}){_nearby(path)}; correct the path, or go online (is HF_HUB_OFFLINE set?)"
-        ) from error
+        raise _unreachable(data, path, _line(error)) from error
     except RuntimeError as error:
         if "script" not in str(error):
             raise
@@ -474,13 +489,36 @@ def _builder(data: Data) -> Any:
         ) from error
 
 
+def _nowhere(data: Data, path: Path, why: str) -> str:
+    form = "" if "/" in data.path else "; data sets on the Hub are named ORG/NAME"
+    return (
+        f"data.path={data.path!r} is neither a folder or file (looked for {path.absolute()}) nor a data set on the Hub "
+        f"that this token may read ({why}){_nearby(path)}{form}"
+    )
+
+
+def _unreachable(data: Data, path: Path, why: str) -> _UnreachableError:
+    return _UnreachableError(
+        f"data.path={data.path!r} is not a folder or file (looked for {path.absolute()}), and the Hub cannot be "
+        f"reached ({why}){_nearby(path)}; correct the path, or go online (is HF_HUB_OFFLINE set?)"
+    )
+
+
 def _nearby(path: Path) -> str:
+    """Return what a path with a slip in one of its folders may have meant, as the end of a message."""
+    wrong = path.absolute()
+    while not wrong.parent.is_dir() and wrong.parent != wrong:
+        wrong = wrong.parent
     try:
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(wrong.name, [p.name for p in wrong.parent.iterdir()], n=3)
     except OSError:
         return ""
-    close = difflib.get_close_matches(path.name, names, n=3)
-    return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
+    rest = path.absolute().relative_to(wrong)
+    meant = [wrong.parent / name / rest for name in close]
+    meant = [whole for whole in meant if whole.exists()] or [wrong.parent / name for name in close]
+    if not path.is_absolute() and path.parts[:1] != ("..",):
+        meant = [Path(os.path.relpath(one)) for one in meant]
+    return f"; did you mean {' or '.join(map(str, meant))}?" if meant else ""
 
 
 def _line(error: BaseException) -> str:

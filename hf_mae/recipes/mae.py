@@ -48,7 +48,7 @@ _CIFAR = Recipe(
     global_batch=256,
     save_every=500,
     eval_every=1000,
-    data=Data(path="cifar10"),
+    data=Data(path="uoft-cs/cifar10"),
     model=Model(image_size=32, patch_size=4),
     schedule=Schedule(warmup_epochs=10),
     optim=Optim(base_lr=1e-3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import resource
 import shutil
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from hf_mae.data.images import decode_image
 from hf_mae.data.rows import ArrowSource, FolderSource
 from hf_mae.data.sources import choose_columns, list_splits, open_source
 from hf_mae.data.webdataset import TarSource
+from hf_mae.patience import HTTP_ERROR
 from hf_mae.recipes.base import Data
 
 from .samples import picture, rows_of, write_folder, write_parquet, write_tar
@@ -540,6 +542,96 @@ def test_wrong_paths_say_what_was_looked_for_and_found(path, message, tmp_path):
     pq.write_table(pa.table({"other": [1]}), tmp_path / "uneven/b.parquet")
     with pytest.raises(ValueError, match=message):
         open_source(Data(path=path.format(tmp=tmp_path)))
+
+
+@pytest.fixture
+def hub_answers(monkeypatch):
+    """Let the Hub's client answer as told, and count what it was asked; nothing that tries again may be called."""
+    asked = []
+
+    def answer(error):
+        def repo_info(self, repo_id, **options):
+            asked.append((repo_id, options["timeout"]))
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
+        monkeypatch.setattr("datasets.load_dataset_builder", lambda *a, **k: pytest.fail("the Hub was tried again"))
+        return asked
+
+    return answer
+
+
+def not_found():
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    client = sys.modules[HTTP_ERROR.__module__]  # httpx, or what huggingface_hub is built on
+    response = client.Response(404, request=client.Request("GET", "https://hub/api/datasets/x"))
+    return RepositoryNotFoundError("404", response=response)
+
+
+@pytest.mark.parametrize("path", ["imagez", "photos/imagez"])
+def test_a_slip_that_could_be_a_hub_id_gets_one_quick_look(path, hub_answers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "images").mkdir(parents=True)
+    (tmp_path / "images").mkdir()
+    meant = path.replace("imagez", "images")
+    asked = hub_answers(not_found())
+    with pytest.raises(ValueError, match=rf"'{path}' is neither a folder or file .* nor a data set .*mean {meant}\?"):
+        open_source(Data(path=path))
+    assert [name for name, _ in asked] == [path]
+    asked.clear()
+    hub_answers(ConnectionRefusedError("refused"))
+    with pytest.raises(ValueError, match=rf"'{path}' .* the Hub cannot be reached .*did you mean {meant}\?; correct"):
+        open_source(Data(path=path))
+    ((_, seconds),) = asked
+    assert seconds <= 10
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["./imgs", "~/imgs", "/no/imgs", "a/b/c", "my imgs", "a\\b", "data/train.parquet", "x.tar", "a--b/c", "imgs/"],
+)
+def test_what_cannot_be_a_hub_id_is_not_asked_for(path, hub_answers):
+    asked = hub_answers(AssertionError)
+    with pytest.raises(ValueError, match="no such folder or file, and not the form of a Hub id"):
+        open_source(Data(path=path))
+    assert asked == []
+
+
+def test_a_slip_in_a_folder_on_the_way_is_found(tmp_path):
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"did you mean .*/photos/train"):
+        open_source(Data(path=str(tmp_path / "photo" / "train")))
+
+
+def test_a_run_that_goes_on_waits_for_a_hub_out_of_reach(hub_answers, monkeypatch):
+    hub_answers(ConnectionRefusedError("refused"))
+    called = []
+
+    def builder(*arguments, **options):
+        called.append(options["revision"])
+        raise ValueError("was asked")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", builder)
+    with pytest.raises(ValueError, match="was asked"):
+        open_source(Data(path="org/name", revision="0" * 40))
+    assert called == ["0" * 40]
+
+
+def test_a_bare_name_is_told_the_form_of_names_on_the_hub(hub_answers):
+    hub_answers(not_found())
+    with pytest.raises(ValueError, match="data sets on the Hub are named ORG/NAME"):
+        open_source(Data(path="cifar10"))
+
+
+def test_presets_name_data_sets_by_their_whole_name():
+    from hf_mae.recipes.evaluation import EVALUATIONS
+    from hf_mae.recipes.mae import PRESETS
+    from hf_mae.recipes.supervised import SUPERVISE
+    from hf_mae.recipes.transfer import FINETUNE, PROBE
+
+    paths = {r.data.path for presets in (PRESETS, FINETUNE, PROBE, SUPERVISE, EVALUATIONS) for r in presets.values()}
+    assert all(path.count("/") == 1 for path in paths - {"", "digits"})
 
 
 def test_splits_that_are_not_there_are_listed(made):

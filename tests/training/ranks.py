@@ -118,7 +118,19 @@ def averages(run):
             scores.append(inner.logits({"pixel_values": pixels}))
         scores.append(inner.logits({"pixel_values": pixels}))
     attention = inner.attention(pixels)
-    return {"scores": [x.tolist() for x in scores], "same": same(whole(run), before), "attention": attention.tolist()}
+    # The share of the second rank is used up.
+    share = pixels[: 4 * (1 - RANK)]
+    with torch.no_grad():
+        uneven = [inner.logits({"pixel_values": share}), inner.attention(share)]
+    sizes = [None, None]
+    torch.distributed.all_gather_object(sizes, [list(x.shape) for x in uneven])
+    return {
+        "scores": [x.tolist() for x in scores],
+        "same": same(whole(run), before),
+        "attention": attention.tolist(),
+        "uneven": [x.tolist() for x in uneven],
+        "uneven_sizes": sizes,
+    }
 
 
 def shadow(run):

@@ -179,6 +179,15 @@ def test_averaged_weights_are_scored_and_leave_no_trace(launched, results, kind)
     assert attention.shape == (4, 2, 16)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_rank_without_images_takes_part_in_the_forward_pass(results, kind):
+    """Under FSDP2 the rank that still has images would wait for it forever."""
+    found = results[f"{kind}_average"]
+    assert found["uneven"] == [found["scores"][0], found["attention"]]
+    (scores, attention), (no_scores, no_attention) = found["uneven_sizes"]
+    assert (no_scores, no_attention) == ([0, *scores[1:]], [0, *attention[1:]])
+
+
 @pytest.mark.parametrize("name", ["tuning", "probe", "conv"])
 def test_ddp_runs_are_of_ddp_and_fsdp2_runs_of_fsdp2(results, name):
     """Accelerate keeps the kind of a process's first run unless told otherwise."""

@@ -173,7 +173,7 @@ class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
     ) -> list[Evaluator]:
         """Return accuracy and calibration on the test split; for a frozen encoder also neighbours and regression."""
         recipe, evals = self.recipe, self.recipe.evals
-        test = self.whole(self.test, accelerator) if self.test is not None else None
+        test = self.whole_test(accelerator)
         neighbours = evals.knn or evals.logistic
         if neighbours and recipe.trainable_blocks != 0:
             say("note: evals.knn and evals.logistic judge frozen features; without --trainable-blocks 0 they are off")
@@ -299,6 +299,8 @@ def _tell_bad(features: Features, split: WholeSplit, say: Printer) -> Features:
 
 def _limit_bad(features: Features, max_bad_fraction: float) -> None:
     rows = len(features.rows) + len(features.bad)
+    if not len(features.rows):
+        raise RuntimeError(f"none of {rows} training images can be decoded; name other data, or fix them")
     if len(features.bad) > max_bad_fraction * rows:
         raise RuntimeError(
             f"{len(features.bad)} of {rows} training images cannot be decoded, more than data.max_bad_fraction="

@@ -25,8 +25,8 @@ from hf_mae.data.imagenet import (
 )
 from hf_mae.data.labels import align
 from hf_mae.data.sources import Source, list_splits, open_source
-from hf_mae.data.whole import WholeSplit
-from hf_mae.evaluation.classification import ClassificationQuality, evaluate_real
+from hf_mae.data.whole import BadRow, WholeSplit
+from hf_mae.evaluation.classification import ClassificationQuality, NoExamplesError, evaluate_real
 from hf_mae.evaluation.report import Drawing
 from hf_mae.models.configuration_mae import height_width
 from hf_mae.models.convert import load_official_checkpoint
@@ -293,6 +293,21 @@ class _One:
             crop_pct=self.crop_pct,
             names=recipe.labels == "real",
         )
+        try:
+            numbers = self._measure(split, out)
+        except NoExamplesError as error:  # on all ranks
+            bad = self._bad(split)
+            first = f" ({len(bad)} images cannot be decoded, the first: {bad[0]})" if bad else ""
+            raise ValueError(f"{source.where}: {error}{first}") from error
+        if bad := self._bad(split):
+            self.say(f"warning: {len(bad)} images cannot be decoded and are left out, the first: {bad[0]}")
+        return numbers | {"bad_images": len(bad)}
+
+    def _bad(self, split: WholeSplit) -> list[BadRow]:
+        return [row for rank in gather_objects(split.bad, self.accelerator) for row in rank]
+
+    def _measure(self, split: WholeSplit, out: Path | None) -> dict[str, Any]:
+        recipe, accelerator, source = self.recipe, self.accelerator, split.source
         batches = progress(split, accelerator)
         if recipe.labels == "real":
             answers = real_labels()
@@ -301,28 +316,24 @@ class _One:
             def answers_of(row: int) -> list[int]:
                 return answers[real_key(split.file_names([row])[0])]
 
-            numbers: dict[str, Any] = evaluate_real(self.task, batches, answers_of, accelerator)
-        else:
-            keep = {"imagenet-a": a_classes, "imagenet-r": r_classes}.get(recipe.classes, lambda: None)()
-            names = self.names if keep is None else [self.names[i] for i in keep]
-            draw = None
-            if out is not None and recipe.pictures:
-                draw = Drawing(names, split.picture, split.num_rows, out / "pictures", accelerator)
-            classes = self._align(source)
-            if keep is not None and (foreign := sorted(set(classes) - set(keep))):
-                raise ValueError(
-                    f"{source.where}: {len(foreign)} of its classes are not among the {len(keep)} of {recipe.name}, "
-                    f"the first is ImageNet's {foreign[0]}; use the preset of this data set"
-                )
-            quality = ClassificationQuality(
-                batches, self.names, accelerator, every=0, out=out, keep=keep, align=classes, draw=draw
+            return evaluate_real(self.task, batches, answers_of, accelerator)
+        keep = {"imagenet-a": a_classes, "imagenet-r": r_classes}.get(recipe.classes, lambda: None)()
+        names = self.names if keep is None else [self.names[i] for i in keep]
+        draw = None
+        if out is not None and recipe.pictures:
+            draw = Drawing(names, split.picture, split.num_rows, out / "pictures", accelerator)
+        classes = self._align(source)
+        if keep is not None and (foreign := sorted(set(classes) - set(keep))):
+            raise ValueError(
+                f"{source.where}: {len(foreign)} of its classes are not among the {len(keep)} of {recipe.name}, "
+                f"the first is ImageNet's {foreign[0]}; use the preset of this data set"
             )
-            numbers = {**quality(self.task, 0), "examples": quality.latest["weights"].examples}
-            quality.finish(self.task, 0)
-        bad = [row for rank in gather_objects(split.bad, accelerator) for row in rank]
-        if bad:
-            self.say(f"warning: {len(bad)} images cannot be decoded and are left out, the first: {bad[0]}")
-        return numbers | {"bad_images": len(bad)}
+        quality = ClassificationQuality(
+            batches, self.names, accelerator, every=0, out=out, keep=keep, align=classes, draw=draw
+        )
+        numbers = {**quality(self.task, 0), "examples": quality.latest["weights"].examples}
+        quality.finish(self.task, 0)
+        return numbers
 
     def _check_names(self, split: WholeSplit) -> None:
         """Refuse a file name without ReaL labels before the first forward, on every rank: none waits for another."""

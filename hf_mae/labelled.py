@@ -23,6 +23,7 @@ from hf_mae.recipes.classification import LabelledRecipe
 from hf_mae.run import Training, last_model
 from hf_mae.training.best import Best
 from hf_mae.training.checkpoint import TrainState
+from hf_mae.training.distributed import agree
 from hf_mae.training.losses import check_loss
 from hf_mae.training.mixing import MixDraws
 from hf_mae.training.monitors import Printer
@@ -133,6 +134,24 @@ class LabelledTraining(Training[L]):
             num_workers=max(1, self.recipe.num_workers),
             max_pixels=self.recipe.data.max_pixels,
         )
+
+    def whole_test(self, accelerator: Accelerator) -> WholeSplit | None:
+        """Return every image to test on, if there are any. A collective: call it on all ranks.
+
+        Raises:
+            ValueError: none of them can be decoded: the run would end at its first evaluation.
+            RuntimeError: the main process has found that.
+        """
+        if self.test is None:
+            return None
+        test, error = self.whole(self.test, accelerator), None
+        if accelerator.is_main_process:
+            try:
+                test.check()
+            except (ValueError, RuntimeError, OSError) as caught:
+                error = caught
+        agree(error, accelerator, "looking at the images to test on")
+        return test
 
     def quality(
         self, batches: Any, test: WholeSplit, out: Path, average: MovingAverage | None, accelerator: Accelerator

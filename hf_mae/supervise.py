@@ -134,10 +134,8 @@ class SupervisedTraining(LabelledTraining[SuperviseRecipe]):
         self, out: Path, inner: nn.Module, average: MovingAverage | None, accelerator: Accelerator, say: Printer
     ) -> list[Evaluator]:
         """Return accuracy and calibration on the test split."""
-        if self.test is None:
-            return []
-        test = self.whole(self.test, accelerator)
-        return [self.quality(test, test, out, average, accelerator)]
+        test = self.whole_test(accelerator)
+        return [] if test is None else [self.quality(test, test, out, average, accelerator)]
 
 
 def _weights(name: str) -> Path | str:

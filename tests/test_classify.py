@@ -26,6 +26,7 @@ from hf_mae.data.loader import Loader
 from hf_mae.data.order import DROP_PATH, Order
 from hf_mae.data.sources import open_source
 from hf_mae.evaluate import evaluate
+from hf_mae.evaluation import features
 from hf_mae.labelled import Noise
 from hf_mae.recipes.base import Augment, Data, Recipe, from_dict
 from hf_mae.recipes.classification import ClassifierEvals, ClassifierRecipe, check_classifier
@@ -202,6 +203,19 @@ def test_features_are_encoded_once_for_all_probes_of_an_encoder(probe, tmp_path,
     classify(replace(probe, out=str(tmp_path / "second"), seed=1))
     assert "encoding" not in (said := capsys.readouterr().err)
     assert "were encoded before" in said
+
+
+def test_logistic_regression_is_left_out_where_it_would_take_hours(probe, capsys, monkeypatch):
+    """One process would fit it while the others wait for longer than a collective allows."""
+    evals = replace(probe.evals, logistic=True)
+    (first, *_) = rows(classify(replace(probe, evals=evals, max_steps=1)))
+    assert {"knn_top1", "knn_plain_top1", "logistic_top1"} <= first.keys()
+    capsys.readouterr()
+    monkeypatch.setattr(features, "MAX_LOGISTIC", 1437 * 16 * 10 - 1)
+    (first, *_) = rows(classify(replace(probe, evals=evals, max_steps=1, out=f"{probe.out}-large")))
+    assert {"knn_top1", "knn_plain_top1"} <= first.keys()
+    assert "logistic_top1" not in first
+    assert "logistic regression is left out: 1,437 training images are more than the 1,436" in capsys.readouterr().err
 
 
 def test_a_frozen_encoder_keeps_its_weights(probe, encoder):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
 from hf_mae.cli import main, parse_recipe
+from hf_mae.evaluation import features
 from hf_mae.pretrain import MaskNoise, pretrain
 from hf_mae.recipes.base import Data, Engine, Evals
 from hf_mae.recipes.mae import PRESETS, QUICKSTART
@@ -68,6 +69,14 @@ def test_a_run_leaves_all_its_records(recipe):
     model = MAEForPreTraining.from_pretrained(out / "checkpoints" / "step_00000012" / "model")
     assert model.config.image_size == 8
     assert MAEModel.from_pretrained(out / "checkpoints" / "step_00000012" / "model").num_parameters() > 0
+
+
+def test_the_logistic_probe_is_left_out_where_it_would_take_hours(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(features, "MAX_LOGISTIC", 1000)
+    out = pretrain(replace(recipe, max_steps=1, evals=replace(recipe.evals, probe=True, train_examples=40)))
+    assert "logistic regression is left out: " in capsys.readouterr().err
+    assert "knn_accuracy" in rows(out)[0]
+    assert not any("probe_accuracy" in row for row in rows(out))
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(recipe, capsys):

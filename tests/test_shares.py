@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,34 @@ def test_one_process_whose_last_batch_is_damaged(data, models, tmp_path, kind):
         main([str(part) for part in evaluation(folder, models[kind], tmp_path / out)])
         assert results(tmp_path / out)["examples"] == count - bad
     assert results(tmp_path / "damaged") == results(tmp_path / "without")
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_split_of_damaged_images_is_refused_with_the_first_reason(data, models, encoder, tmp_path, capsys, count):
+    """Training says it before the first update, not at the first evaluation."""
+    folder, out = data(count, count), tmp_path / "out"
+    damaged = f"{folder}/test.*(none of .*decoded|{count} images cannot be decoded)"
+    for command in (
+        evaluation(folder, models["mean"], out / "evaluate"),
+        training("finetune", folder, encoder, out / "finetune"),
+        training("probe", folder, encoder, out / "probe"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(part) for part in command])
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert re.search(damaged, said, re.DOTALL), said
+        assert ".png" in said.rpartition("error:")[2]
+        assert "Traceback" not in said
+    for name in ("finetune", "probe"):
+        assert not (out / name / "metrics.jsonl").exists() or not rows(out / name)
+
+
+def test_pictures_of_one_image(data, models, tmp_path):
+    for kind, model in models.items():
+        command = [part for part in evaluation(data(1), model, tmp_path / kind) if part != "--no-pictures"]
+        main([str(part) for part in command])
+        assert (tmp_path / kind / "pictures" / "confusion.png").exists()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_mae.data.formats import Chunk, Source
 from hf_mae.data.images import ImageError, decode_image, eval_image
+from hf_mae.data.loader import first_reasons
 
 GROUP = 8
 """Rows a thread decodes before it looks for other work."""
@@ -202,6 +203,27 @@ class WholeSplit:
         number, at = self._place(row)
         image = decode_image(self.source.read(number).images[at], self._channels, max_pixels=self._max_pixels)
         return torch.from_numpy(eval_image(image, self._size, self._crop_pct).copy())
+
+    def check(self) -> None:
+        """Refuse a split of which no image can be decoded; reads chunks up to the first good image.
+
+        Raises:
+            ValueError: there is none; gives the first reasons.
+        """
+        bad: dict[tuple[str, int], str] = {}
+        for number in range(len(self.source.sizes)):
+            chunk = self.source.read(number)
+            for row, image in enumerate(chunk.images):
+                try:
+                    decode_image(image, self._channels, max_pixels=self._max_pixels)
+                except ImageError as error:
+                    bad[self.source.describe(number, row)] = chunk.error or str(error)
+                    continue
+                return
+        raise ValueError(
+            f"{self.source.where}: none of the {self.num_rows:,} images can be decoded; {first_reasons(bad)}; name "
+            "another split, or fix the data"
+        )
 
     def file_names(self, rows: Sequence[int]) -> list[str]:
         """Return the file names that rows came with; without the pixels, as far as the format allows.

@@ -28,6 +28,10 @@ MAX_LOSS = 1e6
 """A cross entropy above this is no number that a sum could be made of."""
 
 
+class NoExamplesError(ValueError):
+    """There was nothing to evaluate on, on any rank; raised by all of them."""
+
+
 @dataclass(frozen=True)
 class Mistake:
     """An example that was classified wrongly."""
@@ -189,7 +193,7 @@ class ClassCounts:
         """Return the results over all ranks. A collective: call it on all ranks; all get the same.
 
         Raises:
-            ValueError: there was no example.
+            NoExamplesError: there was no example.
             RuntimeError: a label was outside of 0..C-1.
             FloatingPointError: the logits of an example were not finite.
         """
@@ -219,7 +223,10 @@ class ClassCounts:
                 "have diverged: use an earlier checkpoint or a lower --optim.base-lr"
             )
         if n == 0:
-            raise ValueError("there is no example to evaluate on; name a split with rows")
+            raise NoExamplesError(
+                "there is no image to evaluate on: the split is empty, or none of its images can be decoded; name "
+                "another (--data.split, and --evals.split in training)"
+            )
         found = zip(self.worst_confidence.tolist(), self.worst.tolist(), strict=True)
         reliability = _reliability(*bins)
         return ClassResults(
@@ -408,7 +415,7 @@ def evaluate_real(
         `real_top1`, and `real_examples`: the images that have an answer.
 
     Raises:
-        ValueError: no image has an answer.
+        NoExamplesError: no image has an answer.
     """
     inner, totals = accelerator.unwrap_model(task), torch.zeros(2, dtype=torch.int64)
     for batch in batches:
@@ -419,5 +426,5 @@ def evaluate_real(
     reduced: Any = accelerator.reduce(totals.to(accelerator.device), reduction="sum")
     right, counted = reduced.tolist()
     if counted == 0:
-        raise ValueError("no image has a ReaL label; they belong to the 50,000 validation images of ImageNet-1k")
+        raise NoExamplesError("no image has a ReaL label; they belong to the 50,000 validation images of ImageNet-1k")
     return {"real_top1": right / counted, "real_examples": counted}

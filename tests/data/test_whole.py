@@ -50,6 +50,14 @@ def test_every_row_is_read_once_over_all_ranks_in_equally_many_batches(world, ba
     assert {len(list(split)) for split in splits} == {len(splits[0])}
 
 
+def test_a_split_is_checked_up_to_its_first_good_image():
+    source = FakeSource([5, 1, 7, 10], bad=range(7), broken=[1])
+    whole(source).check()
+    assert source.reads == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"none of the 6 images can be decoded; first shard0 row 0: .*; name another"):
+        whole(FakeSource([5, 1], bad=range(5), broken=[1])).check()
+
+
 def test_batches_past_the_end_of_a_block_are_empty_and_have_all_keys():
     splits = [whole(FakeSource([1]), rank=r, world=3, batch=2) for r in range(3)]
     sizes = [[len(batch["rows"]) for batch in split] for split in splits]

@@ -141,13 +141,14 @@ def check(data, models, encoder, tmp_path):
         "finetune": ("finetune", []),
         "cached": ("probe", ["--cached-features"]),
         "probe": ("probe", ["--no-cached-features"]),
+        "supervise": ("supervise", ["--model.architecture", "test_vit", "--model.image-size", 32]),
     }
 
     def command(kind, count, bad, out, **options):
         if kind in models:
             return evaluation(data(count, bad), models[kind], out, **options)
         name, more = protocols[kind]
-        return training(name, data(count, bad), encoder, out, *more)
+        return training(name, data(count, bad), "" if name == "supervise" else encoder, out, *more)
 
     def run(world, cases):
         several = {case: tmp_path / f"{world}" / "_".join(map(str, case)) for case in cases}
@@ -230,4 +231,4 @@ def test_all_sizes_around_every_boundary(check, world):
     batch = EVAL_BATCH
     sizes = {1, batch - 1, batch, batch + 1, world * batch + 1}
     cases = [(n, 0) for n in sorted(sizes)] + [(batch + 1, 1)]
-    check(world, evaluated + [(kind, *case) for case in cases for kind in ("finetune", "cached", "probe")])
+    check(world, evaluated + [(kind, *case) for case in cases for kind in ("finetune", "cached", "probe", "supervise")])

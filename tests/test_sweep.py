@@ -260,7 +260,7 @@ def test_pipelines_keep_what_none_of_them_defines(monkeypatch):
         augment = recipe.augment
         assert (augment.mixup, augment.cutmix, augment.mix_mode, augment.color_jitter) == (0.2, 1.0, "pair", 0.4)
         assert (augment.label_smoothing, augment.crop) == (0.1, "center")
-        for field in ("rotate", "flip", "erase_prob", "rotate_fill", "auto_augment", "rand_augment"):
+        for field in ("rotate", "rotate_once", "flip", "erase_prob", "rotate_fill", "auto_augment", "rand_augment"):
             assert getattr(augment, field) == getattr(BIRD_AUGMENTS[name], field)
 
 

@@ -181,8 +181,9 @@ def _augment(given: AugmentArguments, chosen: Collection[str]) -> None:
     recipe = given.recipe
     if unknown := [name for name in given.pipelines if name not in BIRD_AUGMENTS]:
         raise ValueError(f"pipeline {unknown[0]!r} is unknown; {nearest(unknown[0], BIRD_AUGMENTS)}")
-    # What the pipelines differ in is theirs; all the rest is the recipe's own.
-    pipelines, preset = BIRD_AUGMENTS.values(), SUPERVISE.get(recipe.name, recipe).augment
+    # What the pipelines differ in, among each other and from the corrected birds, is theirs; the rest is the recipe's.
+    pipelines = [*BIRD_AUGMENTS.values(), *(bird.augment for bird in _BIRDS.values())]
+    preset = SUPERVISE.get(recipe.name, recipe).augment
     names = [field.name for field in fields(ClassifierAugment)]
     defined = [name for name in names if len({getattr(pipeline, name) for pipeline in pipelines}) > 1]
     if lost := [name for name in defined if getattr(recipe.augment, name) != getattr(preset, name)]:

@@ -84,8 +84,8 @@ class MAEConfig(PreTrainedConfig):
         drop_path_rate: stochastic depth of the classifier; pretraining uses none.
         head: of the classifier: `linear`, or `batchnorm` for one with batch normalisation before it, without scale and
             shift (the official linear probe).
-        head_init_std: standard deviation of the classifier's fresh head; the official values are 2e-5 and, for a probe,
-            0.01.
+        head_init_std: standard deviation of the classifier's fresh head; the official values are 2e-5 on a pretrained
+            encoder, 0.01 in a probe, and timm's 0.02 from scratch.
         kwargs: fields of `PreTrainedConfig`.
 
     Raises:

@@ -224,7 +224,7 @@ class ClassCounts:
             )
         if n == 0:
             raise NoExamplesError(
-                "there is no image to evaluate on: the split is empty, or none of its images can be decoded; name "
+                "there is no example to evaluate on: the split is empty, or none of its images can be decoded; name "
                 "another (--data.split, and --evals.split in training)"
             )
         found = zip(self.worst_confidence.tolist(), self.worst.tolist(), strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from huggingface_hub import ModelCard
 from hf_mae.cards.facts import Fact, fact, maybe
 from hf_mae.cards.options import CardOptions
 from hf_mae.cards.records import count_parameters, read_records
-from hf_mae.cards.tables import training_time
+from hf_mae.cards.tables import augmentation, training_time
 from hf_mae.cards.write import write_card
 from hf_mae.exporting.files import hash_weights
+from hf_mae.recipes.supervised import SUPERVISE
 from tests.cards.conftest import change, recipe, write_json
 
 OPTIONS = CardOptions(license="apache-2.0", language=("en",))
@@ -82,6 +84,15 @@ def test_rankme_is_of_training_images(export: Path, run: Path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "evaluation.json").unlink()
     assert "| RankMe (effective rank of the features) | 17.5 | animals, training images | - |" in _card(export, run)
+
+
+def test_rotations_at_once_are_told_from_one_after_the_other():
+    told = {
+        name: str(augmentation({"augment": asdict(SUPERVISE[f"rexnet-birds-{name}"].augment)}).value)
+        for name in ("corrected", "published-intended")
+    }
+    assert "15 + 25 degrees" in told["corrected"]
+    assert "15, then 25 degrees" in told["published-intended"]
 
 
 def test_machines_of_all_starts_are_told(export: Path, run: Path):

@@ -21,7 +21,7 @@ from hf_mae.data.images import decode_image, eval_image
 from hf_mae.evaluation.charts import BLUE, bare, draw_learning, save
 from hf_mae.evaluation.class_charts import draw_confusion, draw_per_class, draw_reliability
 from hf_mae.evaluation.classification import Bin, ClassResults, Mistake
-from hf_mae.evaluation.reconstruction import draw_grid, reconstruct
+from hf_mae.evaluation.reconstruction import draw_grid, fixed_noise, reconstruct
 from hf_mae.models.modeling_mae import MAEForPreTraining
 
 MAX_SIDE = 1024
@@ -37,8 +37,12 @@ class Picture:
     caption: str
 
 
-def copy_samples(export: Path, samples: Sequence[Path]) -> list[str]:
+def copy_samples(folder: Path, samples: Sequence[Path]) -> list[str]:
     """Copy the author's pictures to samples/, upright, without metadata (a camera writes where it stood) and not large.
+
+    Args:
+        folder: of a new card; samples/ is made in it.
+        samples: image files.
 
     Returns:
         Their paths in the repository.
@@ -48,9 +52,6 @@ def copy_samples(export: Path, samples: Sequence[Path]) -> list[str]:
     """
     if len(samples) > MAX_SAMPLES:
         raise ValueError(f"sample has {len(samples)} pictures; give at most {MAX_SAMPLES}")
-    folder = export / "samples"
-    if folder.is_dir():
-        shutil.rmtree(folder)
     paths: list[str] = []
     for sample in samples:
         stem = "".join(c if c.isascii() and c.isalnum() else "_" for c in sample.stem) or "sample"
@@ -63,36 +64,36 @@ def copy_samples(export: Path, samples: Sequence[Path]) -> list[str]:
         except OSError as error:
             raise ValueError(f"sample={sample} cannot be read as a picture ({error}); name another") from error
         picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        folder.mkdir(exist_ok=True)
-        picture.save(export / path, quality=92)
+        (folder / "samples").mkdir(exist_ok=True)
+        picture.save(folder / path, quality=92)
         paths.append(path)
     return paths
 
 
-def draw_pictures(records: Records, options: CardOptions, samples: Sequence[str], run: Path | None) -> list[Picture]:
-    """Draw what the records give into pictures/ of the export, which is emptied first.
+def draw_pictures(
+    folder: Path, records: Records, options: CardOptions, samples: Sequence[str], run: Path | None
+) -> list[Picture]:
+    """Draw what the records give into pictures/ of a folder.
 
     Args:
+        folder: of a new card; pictures/ is made in it, and samples/ is there.
         records: of the export.
         options: of the author.
-        samples: paths of the author's pictures in the export.
+        samples: paths of the author's pictures in `folder`.
         run: its run folder, for the pictures of the run.
     """
-    folder = records.folder / "pictures"
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    folder.mkdir()
     drawn: list[Picture] = []
 
     def add(name: str, caption: str) -> Path:
+        (folder / "pictures").mkdir(exist_ok=True)
         drawn.append(Picture(f"pictures/{name}", caption))
-        return folder / name
+        return folder / "pictures" / name
 
     if samples and records.export["class"] in ("ViTMAEForPreTraining", "MAEForPreTraining"):
         path = add(
             "reconstruction.png", "Reconstruction of pictures that the author gave; the seed of the mask is fixed."
         )
-        _draw_reconstruction(records, [records.folder / s for s in samples], path)
+        _draw_reconstruction(records, [folder / s for s in samples], path)
     if any(row.get("loss") is not None for row in records.rows):
         _draw_learning(records, add("learning.png", "Training loss, and what was measured on the way."))
     if (results := _class_results(records)) is not None:
@@ -104,8 +105,6 @@ def draw_pictures(records: Records, options: CardOptions, samples: Sequence[str]
     if options.run_pictures and run is not None:
         for source, caption in _of_run(run):
             shutil.copyfile(source, add(f"run_{source.name}", caption))
-    if not drawn:
-        folder.rmdir()
     return drawn
 
 
@@ -132,8 +131,7 @@ def _draw_reconstruction(records: Records, samples: Sequence[Path], path: Path) 
     height, width = (size, size) if isinstance(size, int) else size
     arrays = [eval_image(decode_image(s.read_bytes(), channels), (height, width)) for s in samples]
     images = torch.stack([torch.from_numpy(array.copy()) for array in arrays])  # [N, C, H, W]
-    grid = model.grid_of(images)
-    noise = torch.rand(len(images), grid[0] * grid[1], generator=torch.Generator().manual_seed(0))
+    noise = fixed_noise(model.config, len(images), seed=0)
     mean, std = records.preprocessing["image_mean"], records.preprocessing["image_std"]
     draw_grid(reconstruct(model, images, noise=noise, mean=mean, std=std), path)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import eval_result_entries_to_yaml
+from huggingface_hub import eval_result_entries_to_yaml, metadata_load
 
 from hf_mae.cards.citations import citations
 from hf_mae.cards.facts import NOT_MEASURED, Fact, maybe
@@ -31,6 +33,8 @@ from hf_mae.cards.tables import (
 )
 from hf_mae.cards.terms import base_model, data_name, eval_entries, measured_on, metadata, terms
 from hf_mae.cards.vocabulary import is_hub_id
+from hf_mae.exporting.folders import is_edited, write_files
+from hf_mae.exporting.telling import Say, silent
 
 _KINDS = {
     "run": ", a run of the author",
@@ -42,15 +46,28 @@ _KINDS = {
     "missing": ", which was not there, or could not be asked",
 }
 """What an ancestor is that has no page of its own, by its kind."""
+FOLDERS = ("pictures/", "samples/", "records/", ".eval_results/")
+"""Folders of a card."""
+USAGE = "records/usage.json"
+"""What the usage lines printed, which `hf-mae publish` adds."""
 DENSE_TASKS = frozenset({"object-detection", "image-segmentation"})
 
 
 def write_card(
-    export: Path, repo_id: str, options: CardOptions, *, run: Path | None = None, evaluations: Sequence[Path] = ()
+    export: Path,
+    repo_id: str,
+    options: CardOptions,
+    *,
+    run: Path | None = None,
+    evaluations: Sequence[Path] = (),
+    overwrite: bool = False,
+    keep_edits: bool = False,
+    say: Say = silent,
 ) -> Path:
     """Write README.md, pictures/, samples/, records/ and .eval_results/ into an export folder.
 
-    What was written there before is replaced; the weights are not touched.
+    All of it is made before anything is replaced. What an earlier call wrote there is replaced if it is still as it was
+    written; files that the user added stay, and the weights are not touched.
 
     Args:
         export: from `hf_mae.export`.
@@ -59,31 +76,69 @@ def write_card(
         run: the run folder it was made from; None finds it where the export lies in RUN/export/TARGET. Without any
             only the export is told of.
         evaluations: folders of `hf-mae evaluate --out`, of the exported weights.
+        overwrite: also replace files that the user edited.
+        keep_edits: leave those as they are. An edited README.md states its licence itself, which has to agree with
+            `options` and the records; other options do not change it.
+        say: called with lines for the user.
 
     Returns:
         The path of README.md.
 
     Raises:
         ValueError: a record is missing or of other weights, the licence is not known or not allowed, a sample cannot be
-            read.
+            read, or a file was edited (`WouldOverwriteError`). Nothing is written then.
     """
     if not is_hub_id(repo_id):
         raise ValueError(f"repo_id={repo_id!r} is not of the form ORG/NAME; name the repository it will be")
     _check_one_line(options)
+    card = export / "README.md"
+    edited = keep_edits and is_edited(export, card.name)
+    if edited:
+        options = _as_stated(card, options)
     run = run or run_of_export(export)
     records = read_records(export, run, evaluations)
     terms(records, options)  # refuses before anything is written
-    samples = copy_samples(export, options.sample)
-    pictures = draw_pictures(records, options, samples, run)
-    results = measured(records, *measured_on(records, options))
-    text, printed = card_text(records, repo_id, options, results, pictures, samples)
-    _write_records(records, printed)
-    _write_eval_results(export, results)
-    card = export / "README.md"
-    partial = card.with_name(".README.md")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(card)
+    with tempfile.TemporaryDirectory(prefix="hf_mae_card_") as name:
+        folder = Path(name)
+        samples = copy_samples(folder, options.sample)
+        pictures = draw_pictures(folder, records, options, samples, run)
+        results = measured(records, *measured_on(records, options))
+        text, printed = card_text(records, repo_id, options, results, pictures, samples)
+        _write_records(folder, records, printed)
+        _write_eval_results(folder, results)
+        made = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    if not edited:
+        made[card.name] = text.encode()  # the last to be replaced: what it shows is there
+    # What an edited card shows stays there, and so does what its usage lines printed.
+    kept = write_files(
+        export,
+        made,
+        stale=lambda path: not edited and path.startswith(FOLDERS) and path != USAGE,
+        overwrite=overwrite,
+        keep=keep_edits,
+    )
+    if kept := [card.name] * edited + kept:
+        say(
+            f"kept in {export}, because edited by you (or written by an earlier version of hf_mae): {', '.join(kept)}; "
+            f"to write the card anew: {shlex.join(['hf-mae', 'card', str(export), repo_id, '--overwrite'])}"
+        )
     return card
+
+
+def _as_stated(card: Path, options: CardOptions) -> CardOptions:
+    """Return the options with the licence that an edited card states, which is what goes up."""
+    try:
+        data = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{card}: the front matter cannot be read ({' '.join(str(error).split())[:200]})") from error
+    fields = {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name) is not None}
+    for name, stated in fields.items():
+        if (given := getattr(options, name)) not in (None, stated):
+            raise ValueError(
+                f"{name}={given} and {card}, which was edited, states {name}: {stated}; change one of them, or write "
+                "the card anew (hf-mae card --overwrite)"
+            )
+    return replace(options, **fields)
 
 
 def _check_one_line(options: CardOptions) -> None:
@@ -292,15 +347,9 @@ def _answers(export: Mapping[str, Any]) -> list[tuple[str, Fact]]:
     ]
 
 
-def _write_records(records: Records, printed: Sequence[Fact]) -> None:
-    folder = records.folder / "records"
-    kept = folder / "usage.json"
-    usage = kept.read_bytes() if kept.is_file() else None
-    if folder.is_dir():
-        shutil.rmtree(folder)
+def _write_records(folder: Path, records: Records, printed: Sequence[Fact]) -> None:
+    folder = folder / "records"
     folder.mkdir()
-    if usage is not None:
-        kept.write_bytes(usage)
     facts = [{"value": value, "source": where} for value, where in dict.fromkeys((str(f), f.source) for f in printed)]
     whole: dict[str, Any] = {
         "recipe": records.recipe,
@@ -323,10 +372,8 @@ def _write_records(records: Records, printed: Sequence[Fact]) -> None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records.rows))
 
 
-def _write_eval_results(export: Path, results: Sequence[Result]) -> None:
-    folder = export / ".eval_results"
-    if folder.is_dir():
-        shutil.rmtree(folder)
+def _write_eval_results(folder: Path, results: Sequence[Result]) -> None:
+    folder = folder / ".eval_results"
     for name, entries in eval_entries(results).items():
         folder.mkdir(exist_ok=True)
         (folder / name).write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))

@@ -65,7 +65,7 @@ class ConvertArguments:
     id2label: Path | None = None
     """A JSON file with the names of the classes: a list, or an object from 0 to n - 1."""
     overwrite: bool = False
-    """Replace a folder that this command wrote."""
+    """Replace a folder that holds something else, or in which something was edited or added."""
 
 
 def convert_command(arguments: Sequence[str]) -> None:
@@ -133,7 +133,7 @@ class ExportArguments:
     code: bool = False
     """With --target hf_mae: put flat modelling files beside the weights, for people without this package."""
     overwrite: bool = False
-    """Replace a folder that holds something else."""
+    """Replace a folder that holds something else, or an export in which something was edited or added."""
 
 
 def export_command(arguments: Sequence[str]) -> None:
@@ -175,6 +175,8 @@ class CardArguments:
     """The run folder with the records; found when the export lies in RUN/export."""
     evaluations: tuple[Path, ...] = ()
     """Folders or files written by `hf-mae evaluate --out`."""
+    overwrite: bool = False
+    """Replace files of the card that were edited since it was written."""
     card: Annotated[CardOptions, tyro.conf.arg(name="")] = field(default_factory=CardOptions)
 
 
@@ -190,7 +192,14 @@ def card_command(arguments: Sequence[str]) -> None:
     from hf_mae.cards.validate import validate_card
     from hf_mae.cards.write import write_card
 
-    path = write_card(given.export, given.repository, given.card, run=given.run, evaluations=given.evaluations)
+    path = write_card(
+        given.export,
+        given.repository,
+        given.card,
+        run=given.run,
+        evaluations=given.evaluations,
+        overwrite=given.overwrite,
+    )
     files = [f.relative_to(given.export).as_posix() for f in given.export.rglob("*") if f.is_file()]
     if problems := validate_card(path.read_text(encoding="utf-8"), files=files):
         raise ValueError(f"{path}: " + "; ".join(problems))
@@ -221,7 +230,8 @@ class PublishArguments:
     checkpoint: bool = False
     """Add the newest checkpoint with optimizer and data state, so that `hf-mae pull` continues elsewhere."""
     overwrite_edits: bool = False
-    """Undo what was edited on the Hub since the last publish, such as the card."""
+    """Undo what was edited since the last publish, such as the card: on the Hub, and in the run's export folder. An
+    export that is named itself goes up as it was edited."""
     code: bool = False
     """With --target hf_mae: flat modelling files beside the weights, for people without this package."""
     evaluations: tuple[Path, ...] = ()

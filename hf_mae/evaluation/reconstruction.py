@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from hf_mae.models.configuration_mae import MAEConfig
+from hf_mae.models.masking import mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD
 
@@ -37,6 +39,14 @@ class Reconstruction:
     def grid(self, path: str | Path | None = None, *, scale: int | None = None) -> Image.Image:
         """Return one picture: a row per image, four columns with their names; saved to `path` if given."""
         return draw_grid(self, path, scale=scale)
+
+
+def fixed_noise(config: MAEConfig, n: int, *, seed: int) -> Tensor:
+    """Return noise [n, L] whose masks are those of the model: of its strategy and its ratio, drawn with a seed."""
+    drawn = torch.rand(
+        n, num_uniforms(config.mask_strategy, config.grid), generator=torch.Generator().manual_seed(seed)
+    )
+    return mask_noise(config.mask_strategy, drawn, config.grid, config.mask_ratio)
 
 
 @torch.no_grad()

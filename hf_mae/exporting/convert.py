@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import ViTMAEForPreTraining, ViTMAEModel
 
 from hf_mae.exporting.files import hash_files, weight_files, write_json
-from hf_mae.exporting.folders import new_folder
+from hf_mae.exporting.folders import check_out, new_folder
 from hf_mae.exporting.labels import check_unique
 from hf_mae.exporting.official import LICENSE, is_copy, recognise
 from hf_mae.exporting.parity import TOLERANCE, largest_difference
@@ -96,7 +96,7 @@ def convert(
             has none that is recorded, and a card asks for it.
         image_mean: per channel, of pictures in [0, 1]; else the source's, or ImageNet's.
         image_std: likewise.
-        overwrite: replace a folder that this function did not write.
+        overwrite: replace a folder that this function did not write, or in which something was edited or added since.
         say: takes lines for the user.
         overrides: fields of `MAEConfig` that the weights do not show, such as `norm_pix_loss`.
 
@@ -108,6 +108,7 @@ def convert(
             or timm or transformers compute something else with the same weights.
     """
     say = say or silent
+    check_out(Path(out), mark=RECORD, source=Path(source), overwrite=overwrite)  # before anything is downloaded
     with no_bars_in_logs():
         foreign = _read(str(source), overrides, say)
         model = _build(foreign, id2label, say)
@@ -130,7 +131,7 @@ def convert(
         "norm_pix_loss": model.config.norm_pix_loss if isinstance(model, MAEForPreTraining) else None,
         "parity": parity,
     }
-    with new_folder(Path(out), mark=RECORD, overwrite=overwrite) as folder:
+    with new_folder(Path(out), mark=RECORD, source=Path(source), overwrite=overwrite) as folder:
         with no_bars_in_logs():
             model.save_pretrained(folder)
         write_json(folder / "preprocessor_config.json", processor)

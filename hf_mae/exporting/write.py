@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 import hf_mae
 from hf_mae.exporting.checked import write_stock
 from hf_mae.exporting.files import write_json
-from hf_mae.exporting.folders import new_folder
+from hf_mae.exporting.folders import check_out, new_folder
 from hf_mae.exporting.lineage import lineage
 from hf_mae.exporting.parity import (
     TOLERANCE,
@@ -89,14 +89,15 @@ def export(
             of a model of timm these two only.
         picture: a photograph for the checks; None is one that comes with scikit-learn.
         code: of target `hf_mae`: add files of Python that load the folder without this package.
-        overwrite: replace `out_dir` even if it is no export.
+        overwrite: replace `out_dir` even if it is no export of ours, or something in it was edited or added since.
         say: called with lines for the user; None drops them.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model cannot be read, the target cannot express it, or `out_dir` cannot be used.
+        ValueError: the model cannot be read, the target cannot express it, or `out_dir` cannot be used: it holds
+            something of the user's (`hf_mae.exporting.folders.WouldOverwriteError`).
         RuntimeError: the export does not compute what the model computes. Nothing is left of it.
     """
     say = say or silent
@@ -104,6 +105,8 @@ def export(
         raise ValueError(f"target={target!r} is unknown; use one of {', '.join(get_args(Target))}")
     if picture is not None and not Path(picture).is_file():
         raise ValueError(f"picture={picture} is no file; name a picture")
+    if out_dir is not None:  # before anything is downloaded
+        check_out(Path(out_dir), mark=RECORD, source=_read_from(model, Path(out_dir)), overwrite=overwrite)
     with no_bars_in_logs():
         source = read(model, weights=weights, processor=processor, say=say)
     target = _resolve(source, target)
@@ -113,9 +116,7 @@ def export(
         raise ValueError("out_dir is not given; name the folder to write (only a run folder has a place of its own)")
     out = Path(cast(Any, out_dir)) if out_dir is not None else cast(Path, source.folder) / "export" / target
     out = out.expanduser()
-    if not isinstance(model, nn.Module) and out.resolve() in (here := Path(model).resolve(), *here.parents):
-        raise ValueError(f"out={out} holds the model that is exported; name another folder")
-    with no_bars_in_logs(), new_folder(out, mark=RECORD, overwrite=overwrite) as folder:
+    with no_bars_in_logs(), new_folder(out, mark=RECORD, source=_read_from(model, out), overwrite=overwrite) as folder:
         record = _write(source, target, folder, Path(picture) if picture is not None else flower(), code, say)
         if source.conversion is not None:
             (folder / "conversion.json").write_text(source.conversion)
@@ -123,6 +124,14 @@ def export(
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     say(f"exported {source.origin.name} as {record['class']} ({record['library']}) to {out}{_summary(record)}")
     return out
+
+
+def _read_from(model: nn.Module | str | os.PathLike[str], out: Path) -> Path | None:
+    """Return the file or folder that is read and that `out` must not touch; RUN/export/ is for what is written."""
+    if isinstance(model, nn.Module):
+        return None
+    exports = (Path(model).expanduser() / "export").resolve()
+    return None if exports in out.expanduser().resolve().parents else Path(model)
 
 
 def _resolve(source: Source, target: Target) -> Target:

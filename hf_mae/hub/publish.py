@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,8 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from hf_mae.cards.options import CardOptions
 from hf_mae.cards.usage import run_usage, usage_blocks
 from hf_mae.cards.validate import validate_card
-from hf_mae.cards.write import write_card
+from hf_mae.cards.write import USAGE, write_card
+from hf_mae.exporting.folders import WouldOverwriteError, is_edited, shown, write_files
 from hf_mae.exporting.telling import Say, silent
 from hf_mae.exporting.write import RECORD, Target, export
 from hf_mae.hub.repository import There, check_rights, check_token, differences, look, read_there, tree, write
@@ -112,7 +114,9 @@ def publish(
         card: what the records do not say.
         evaluations: folders of `hf-mae evaluate --out` for the card.
         message: of the commit.
-        overwrite_edits: undo what someone changed on the Hub in the files of an earlier publish, such as the card.
+        overwrite_edits: undo what someone changed since an earlier publish, such as the card: in the files of the
+            repository, and in RUN/export of a run that is exported anew. An edited card in an export folder that is
+            named itself goes up as it is.
         say: called with lines for the user; None drops them.
 
     Raises:
@@ -131,10 +135,11 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="hf_mae_publish_") as name:
         work = Path(name)
         with _disk_explained(repo_id, what), ExitStack() as lock:
-            run, folder = _export(source, work, target, weights, code, card, lock, say)
+            run, folder = _export(source, repo_id, work, target, weights, code, card, lock, overwrite_edits, say)
             record = json.loads((folder / RECORD).read_text())
             of_run = _take_checkpoint(run, record, weights, work / "taken") if checkpoint and run is not None else []
-            text = write_card(folder, repo_id, card, run=run, evaluations=evaluations).read_text(encoding="utf-8")
+            written = write_card(folder, repo_id, card, run=run, evaluations=evaluations, keep_edits=True, say=say)
+            text = written.read_text(encoding="utf-8")
             verdict = _check(folder, repo_id, text, card, say)
             say("hashing the files")
             files = take(collect(folder), work / "taken") + of_run
@@ -165,7 +170,8 @@ def publish(
             _read_back(api, repo_id, commit, files, rows)
             verdict = _judge(api, repo_id, commit, record)
         say(f"{'unchanged' if commit == there.head else 'published'}: {pull_request or url} ({commit[:10]})")
-        _try_there(text, repo_id, card, on_main=pull_request is None and revision in (None, "main"), say=say)
+        if usage_blocks(text):  # an edited card may have none
+            _try_there(text, repo_id, card, on_main=pull_request is None and revision in (None, "main"), say=say)
         _say_verdict(verdict, say)
         if verdict.problems and not beside:  # of a pull request beside files of others that was said before
             raise RuntimeError(f"{repo_id} is published ({commit[:10]}), but not as it should be: {_found(verdict)}")
@@ -214,14 +220,33 @@ def _check_arguments(source: Path, repo_id: str, checkpoint: bool, create_pr: bo
 
 
 def _export(
-    source: Path, work: Path, target: Target, weights: Any, code: bool, card: CardOptions, lock: ExitStack, say: Say
+    source: Path,
+    repo_id: str,
+    work: Path,
+    target: Target,
+    weights: Any,
+    code: bool,
+    card: CardOptions,
+    lock: ExitStack,
+    overwrite_edits: bool,
+    say: Say,
 ) -> tuple[Path | None, Path]:
     """Return the run folder, if there is one, and the export folder, which is made if need be."""
     picture = card.sample[0] if card.sample else None
     if (source / "checkpoints").is_dir():
         lock.enter_context(_alone(source / "export"))
         say(f"exporting {source}")
-        return source, export(source, None, target, weights=weights, picture=picture, code=code, say=say)
+        try:
+            return source, export(
+                source, None, target, weights=weights, picture=picture, code=code, overwrite=overwrite_edits, say=say
+            )
+        except WouldOverwriteError as error:
+            there = error.folder
+            raise ValueError(
+                f"{there} would be exported anew, and {', '.join(shown(error.files))} there may have been edited or "
+                f"added by you; publish it as it is ({shlex.join(['hf-mae', 'publish', str(there), repo_id])}), or "
+                "replace all of it with overwrite_edits=True (--overwrite-edits)"
+            ) from error
     if (source / RECORD).is_file():
         made = json.loads((source / RECORD).read_text())["target"]
         if weights != "last" or code or target not in ("auto", made):
@@ -273,10 +298,18 @@ def _check(folder: Path, repo_id: str, text: str, card: CardOptions, say: Say) -
     verdict = check_folder(folder, picture=picture)
     if verdict.problems:
         raise ValueError(f"{folder} is not ready to be published: {_found(verdict)}")
+    if is_edited(folder, "README.md"):
+        if not usage_blocks(text):
+            say("the edited card has no usage examples, so none are run")
+            return verdict
+        if repo_id not in text:
+            raise ValueError(
+                f"{folder / 'README.md'} was edited, and its usage examples do not name {repo_id}, where it goes; "
+                "change them, or name the repository that they name"
+            )
     say(f"running the card's {len(usage_blocks(text))} usage examples")
     usage = run_usage(text, folder, repo_id, picture=picture)
-    (folder / "records").mkdir(exist_ok=True)
-    (folder / "records" / "usage.json").write_text(json.dumps(usage, indent=1) + "\n")
+    write_files(folder, {USAGE: (json.dumps(usage, indent=1) + "\n").encode()}, overwrite=True)
     say(f"the card's {len(usage['blocks'])} usage examples ran")
     return verdict
 

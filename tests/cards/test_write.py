@@ -8,13 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from hf_mae import MAEConfig, MAEForPreTraining
+from hf_mae.cards import pictures
 from hf_mae.cards.options import CardOptions
 from hf_mae.cards.validate import validate_card
 from hf_mae.cards.write import write_card
+from hf_mae.evaluation.reconstruction import GREY, draw_grid
+from hf_mae.models.masking import mask_from_noise, mask_noise, num_uniforms
 from tests.cards.conftest import change, derive, write_json
 
 OPTIONS = CardOptions(license="apache-2.0", language=("en",))
@@ -256,9 +261,64 @@ def test_pictures_of_the_run_are_only_shown_when_asked_for(export: Path, run: Pa
 def test_card_is_written_again_without_leftovers(export: Path, run: Path):
     _card(export, run)
     before = {name: (export / name).read_bytes() for name in _files(export)}
-    (export / "pictures" / "old.png").write_bytes(b"x")
+    evaluation = (run / "evaluation.json").read_text()
+    (run / "evaluation.json").unlink()
+    (export / "pictures" / "mine.png").write_bytes(b"x")
+    _card(export, run)
+    assert sorted(p.name for p in (export / "pictures").iterdir()) == ["learning.png", "mine.png"]
+    (run / "evaluation.json").write_text(evaluation)
+    (export / "pictures" / "mine.png").unlink()
     _card(export, run)
     assert {name: (export / name).read_bytes() for name in _files(export)} == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "pictures/learning.png"])
+def test_an_edited_card_is_refused_or_kept_and_written_anew_only_when_asked(export: Path, run: Path, name: str):
+    _card(export, run)
+    text = (export / name).read_bytes()
+    (export / name).write_bytes(text + b"mine")
+    before = {file: (export / file).read_bytes() for file in _files(export)}
+    with pytest.raises(ValueError, match=rf"{name} was edited or added.*--overwrite"):
+        _card(export, run, replace(OPTIONS, title="Other"))
+    assert {file: (export / file).read_bytes() for file in _files(export)} == before
+    said: list[str] = []
+    _card(export, run, replace(OPTIONS, title="Other"), keep_edits=True, say=said.append)
+    assert (export / name).read_bytes() == text + b"mine"
+    assert name in said[0]
+    _card(export, run, overwrite=True)
+    assert (export / name).read_bytes() == text
+    _card(export, run)
+
+
+def test_an_edited_card_keeps_what_it_shows(export: Path, run: Path, tmp_path: Path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "owl.png")
+    _card(export, run, replace(OPTIONS, sample=(tmp_path / "owl.png",)))
+    with (export / "README.md").open("a") as file:
+        file.write("\nMy own words.\n")
+    text = _card(export, run, keep_edits=True)
+    assert "My own words." in text
+    assert (export / "samples" / "owl.jpg").is_file()
+    assert validate_card(text, files=_files(export)) == []
+
+
+def test_an_edited_card_states_its_licence(export: Path, run: Path):
+    _card(export, run)
+    card = export / "README.md"
+    card.write_text(card.read_text().replace("license: apache-2.0", "license: mit"))
+    assert "license: mit" in _card(export, run, CardOptions(), keep_edits=True)  # no licence has to be named again
+    with pytest.raises(ValueError, match=r"license=apache-2.0.*states license: mit"):
+        _card(export, run, keep_edits=True)
+    derive(export, run, "facebook/vit-mae-base")
+    with pytest.raises(ValueError, match="non-commercial terms stay"):
+        _card(export, run, CardOptions(), keep_edits=True)
+
+
+def test_a_card_of_which_nobody_knows_who_wrote_it_is_the_users(export: Path, run: Path):
+    (export / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"README.md was edited or added.*--overwrite"):
+        _card(export, run)
+    assert "# Mine" in (export / "README.md").read_text()
+    assert not (export / "pictures").exists()
 
 
 def test_reconstruction_of_a_sample_is_drawn_from_the_export(tmp_path: Path, encoder: Path, export: Path):
@@ -275,3 +335,34 @@ def test_reconstruction_of_a_sample_is_drawn_from_the_export(tmp_path: Path, enc
     assert (export / "pictures" / "reconstruction.png").stat().st_size > 500
     assert "pipeline_tag" not in text  # features of a masking model are none
     assert "no widget here by design" in text
+
+
+@pytest.mark.parametrize(
+    "fields", [{"mask_strategy": "grid", "mask_ratio": 0.75}, {"mask_strategy": "grid", "mask_ratio": 0.5},
+               {"mask_strategy": "block"}, {"mask_strategy": "random"}],
+)  # fmt: skip
+def test_the_reconstruction_of_a_card_shows_the_masks_of_the_model(tmp_path: Path, export: Path, monkeypatch, fields):
+    config = MAEConfig(
+        image_size=32, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, **fields,
+    )  # fmt: skip
+    for name in ("config.json", "model.safetensors"):
+        (export / name).unlink()
+    MAEForPreTraining(config).save_pretrained(export)
+    change(export / "export.json", **{"class": "MAEForPreTraining"}, target="hf_mae", library="hf_mae", task=None)
+    change(export / "export.json", classifies=False, problem_type=None)
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name)
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_grid", lambda shown, path: drawn.append(shown) or draw_grid(shown, path))
+    write_card(export, "org/mae", CardOptions(license="mit", sample=(tmp_path / "a.png", tmp_path / "b.png")))
+    hidden = (drawn[0].masked == GREY).all(dim=1)  # [N, H, W]; neither sample is grey
+    patches = hidden.reshape(2, 8, 4, 8, 4)
+    assert torch.equal(patches.all(dim=(2, 4)), patches.any(dim=(2, 4)))
+    uniforms = torch.rand(2, num_uniforms(config.mask_strategy, (8, 8)), generator=torch.Generator().manual_seed(0))
+    noise = mask_noise(config.mask_strategy, uniforms, (8, 8), config.mask_ratio)
+    expected = mask_from_noise(noise, config.len_keep).mask.bool().reshape(2, 8, 8)
+    assert torch.equal(patches.all(dim=(2, 4)), expected)
+    if config.mask_strategy == "grid":
+        assert expected[0].tolist() == expected[1].tolist()
+        assert not expected[0, 0, 0]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_mae.exporting.folders import new_folder
+from hf_mae.exporting import folders
+from hf_mae.exporting.folders import FILES, WouldOverwriteError, is_edited, new_folder, write_files
 
 
 def write(out, text, **options):
@@ -62,6 +63,7 @@ def test_of_two_at_a_time_each_is_whole_and_the_later_stays(tmp_path):
 
 
 def test_a_folder_that_appears_between_the_renames_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)  # as on systems that know two renames only
     out, rename = tmp_path / "out", os.rename
     write(out, "first")
 
@@ -109,6 +111,96 @@ def test_a_folder_whose_replacement_was_killed_between_the_renames_comes_back(tm
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems need two renames")
+def test_both_folders_change_places_in_one_step(tmp_path, monkeypatch):
+    write(tmp_path / "out", "first")
+    monkeypatch.setattr(os, "rename", lambda *_: pytest.fail("between two renames there is no folder"))
+    write(tmp_path / "out", "second")
+    assert (tmp_path / "out" / "mark").read_text() == "second"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_rename_that_fails_puts_the_former_folder_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    write(tmp_path / "out", "first")
+    rename = os.rename
+
+    def failing(source, target):
+        if ".tmp_" in Path(source).name:
+            raise PermissionError(13, "not now")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(PermissionError):
+        write(tmp_path / "out", "second")
+    assert (tmp_path / "out" / "mark").read_text() == "first"
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_is_edited_while_the_new_folder_is_made_is_kept(tmp_path):
+    write(tmp_path / "out", "first")
+
+    def write_and_edit():
+        with new_folder(tmp_path / "out", mark="mark") as made:
+            (made / "mark").write_text("second")
+            (tmp_path / "out" / "mark").write_text("by hand")
+
+    with pytest.raises(WouldOverwriteError, match="mark was edited"):
+        write_and_edit()
+    assert (tmp_path / "out" / "mark").read_text() == "by hand"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_of_another_kind_is_not_replaced(tmp_path):
+    write(tmp_path / "out", "first")
+    (tmp_path / "out" / "other").write_text("")
+    with pytest.raises(WouldOverwriteError, match="holds something else"), new_folder(tmp_path / "out", mark="other"):
+        pass
+    assert names(tmp_path / "out") == [FILES, "mark", "other"]
+
+
+def test_files_of_ours_are_written_again_and_others_are_not(tmp_path):
+    write(tmp_path / "out", "first")
+    out = tmp_path / "out"
+    write_files(out, {"a/x": b"1", "a/y": b"1", "z": b"1"})
+    (out / "a" / "mine").write_text("mine")
+    write_files(out, {"z": b"2"}, stale=lambda path: path.startswith("a/"))
+    assert names(out / "a") == ["mine"]
+    (out / "z").write_text("mine")
+    with pytest.raises(WouldOverwriteError, match=r"z was edited or added.*--overwrite"):
+        write_files(out, {"b": b"3", "z": b"3"})
+    assert not (out / "b").exists()
+    assert write_files(out, {"b": b"3", "z": b"3"}, keep=True) == ["z"]
+    assert ((out / "b").read_text(), (out / "z").read_text()) == ("3", "mine")
+    assert write_files(out, {"z": b"4"}, overwrite=True) == []
+    assert not is_edited(out, "z")
+    (out / "z").unlink()
+    (out / "z").mkdir()
+    (out / "z" / "mine").write_text("mine")
+    for path in ("z", "mark/x"):  # a folder in place of a file, and a file in place of a folder
+        with pytest.raises(WouldOverwriteError, match="edited or added"):
+            write_files(out, {path: b"5"})
+
+
+def test_a_write_that_was_killed_is_not_taken_for_an_edit(tmp_path, monkeypatch):
+    write(tmp_path / "out", "first")
+    out, replace = tmp_path / "out", Path.replace
+    write_files(out, {"a": b"1", "b": b"1"})
+
+    def killed(self, target):
+        if self.name.endswith("b"):
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_files(out, {"a": b"2", "b": b"2"})
+    monkeypatch.undo()
+    assert ((out / "a").read_text(), (out / "b").read_text()) == ("2", "1")
+    write_files(out, {"a": b"3", "b": b"3"})
+    assert ((out / "a").read_text(), (out / "b").read_text()) == ("3", "3")
+
+
 def test_folders_of_others_are_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -118,4 +210,4 @@ def test_folders_of_others_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is a file; name a folder"):
         write(tmp_path / "file", "x")
     write(tmp_path / "mine", "x", overwrite=True)
-    assert names(tmp_path / "mine") == ["mark"]
+    assert names(tmp_path / "mine") == [FILES, "mark"]

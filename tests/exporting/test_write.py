@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from hf_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
 from hf_mae.exporting import checked
 from hf_mae.exporting.convert import convert
+from hf_mae.exporting.folders import FILES
 from hf_mae.exporting.write import export
 from hf_mae.models.timm_models import TimmSpec, create, load, write_timm_folder
 
@@ -249,9 +251,9 @@ def test_code_is_added_to_the_research_folder_only_when_asked(make, tmp_path):
 
 def test_only_an_export_is_replaced(make, tmp_path, unchecked):
     out = export(make(MAEForImageClassification, seed=1), tmp_path / "out")
-    (out / "README.md").write_text("of the first")
+    first = (out / "model.safetensors").read_bytes()
     export(make(MAEForImageClassification, seed=2), out)
-    assert not (out / "README.md").exists()
+    assert (out / "model.safetensors").read_bytes() != first
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -263,6 +265,36 @@ def test_only_an_export_is_replaced(make, tmp_path, unchecked):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; name a folder"):
         export(make(MAEForImageClassification), tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "deep/notes.txt"])
+def test_an_export_that_was_edited_is_replaced_only_when_asked(make, tmp_path, unchecked, name):
+    out = export(make(MAEForImageClassification, seed=1), tmp_path / "out")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("by hand")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} was edited or added.*--overwrite"):
+        export(make(MAEForImageClassification, seed=2), out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    export(make(MAEForImageClassification, seed=2), out, overwrite=True)
+    assert not (out / name).is_file() or (out / name).read_text() != "by hand"
+
+
+def test_an_export_without_a_list_of_its_files_may_have_been_edited(make, tmp_path, unchecked):
+    """Those of version 0.1 have none."""
+    out = export(make(MAEForImageClassification, seed=1), tmp_path / "out")
+    (out / FILES).unlink()
+    with pytest.raises(ValueError, match=r"nobody can tell.*--overwrite"):
+        export(make(MAEForImageClassification, seed=2), out)
+    export(make(MAEForImageClassification, seed=2), out, overwrite=True)
+    export(make(MAEForImageClassification, seed=3), out)
+
+
+def test_nothing_is_written_into_the_model_that_is_read(make, save, tmp_path):
+    model = save(make(MAEForPreTraining), tmp_path / "model")
+    with pytest.raises(ValueError, match="lies in the folder that is read"):
+        export(model, model / "inside", overwrite=True)
+    assert not (model / "inside").exists()
 
 
 def test_the_model_that_is_exported_is_not_replaced(make, save, tmp_path):

@@ -30,6 +30,7 @@ from hf_mae.evaluate import evaluate
 from hf_mae.evaluation.charts import draw_learning
 from hf_mae.lr_find import lr_find
 from hf_mae.recipes.evaluation import EVALUATIONS
+from hf_mae.recipes.fields import unknown
 from hf_mae.recipes.supervised import SUPERVISE, SuperviseRecipe, check_supervise
 from hf_mae.run import last_model
 from hf_mae.supervise import supervise
@@ -139,6 +140,8 @@ def _model(folder: Path, which: Literal["best", "averaged", "last"]) -> Path:
     """
     if (folder / "stopped_by_signal").exists():
         raise RuntimeError(f"{folder} was stopped by a signal; the same command goes on with it")
+    if which not in ("best", "averaged", "last"):
+        raise unknown("which", which, ("best", "averaged", "last"))
     if which == "best":
         return folder / "best" / "model"
     last = last_model(folder)

@@ -33,7 +33,9 @@ from hf_mae.models.convert import load_official_checkpoint
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.timm_models import from_weights, is_timm_folder, load
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Data, Size
+from hf_mae.recipes.checks import check_choices
 from hf_mae.recipes.evaluation import Evaluation
+from hf_mae.recipes.fields import choose
 from hf_mae.resolve import model_folder, read_config
 from hf_mae.run import load_statistics, progress
 from hf_mae.training.checkpoint import write_atomic
@@ -60,6 +62,7 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     """
     if not recipe.model:
         raise ValueError("model is empty; name a classifier: --model RUN_FOLDER, a model folder or a Hub id")
+    check_choices(recipe)
     if recipe.csv and recipe.corruptions:
         raise ValueError(f"csv={recipe.csv} has no column for the errors of corruptions; leave it out")
     accelerator = make_accelerator(recipe.engine)
@@ -218,6 +221,13 @@ def _load_timm(name: Path | str, image_size: Size | None) -> Judged:
     )
 
 
+def _subset(classes: str) -> list[int] | None:
+    """Return the classes that predictions are restricted to; None is all of the model's."""
+    kinds = {"names": None, "imagenet": None, "imagenet-a": a_classes, "imagenet-r": r_classes}
+    subset = choose("classes", classes, kinds)
+    return None if subset is None else subset()
+
+
 Loaded = tuple[MAEForImageClassification, "list[float] | tuple[float, ...]", "list[float] | tuple[float, ...]"]
 """A classifier of ours, and the mean and std of its images."""
 
@@ -317,7 +327,7 @@ class _One:
                 return answers[real_key(split.file_names([row])[0])]
 
             return evaluate_real(self.task, batches, answers_of, accelerator)
-        keep = {"imagenet-a": a_classes, "imagenet-r": r_classes}.get(recipe.classes, lambda: None)()
+        keep = _subset(recipe.classes)
         names = self.names if keep is None else [self.names[i] for i in keep]
         draw = None
         if out is not None and recipe.pictures:

@@ -24,6 +24,7 @@ from hf_mae.pretrain import MaskedPretraining
 from hf_mae.recipes.base import HARMLESS, Recipe, Schedule, flat
 from hf_mae.recipes.checks import check
 from hf_mae.recipes.classification import ClassifierRecipe, LabelledRecipe, check_classifier
+from hf_mae.recipes.fields import unknown
 from hf_mae.recipes.supervised import SuperviseRecipe, check_supervise
 from hf_mae.run import Training, run
 from hf_mae.training.checkpoint import write_atomic
@@ -286,6 +287,8 @@ def _train(recipe: Recipe) -> Path:
     elif isinstance(recipe, ClassifierRecipe):
         check_classifier(recipe)
         kind = ClassifierTraining
+    elif isinstance(recipe, LabelledRecipe):
+        raise unknown("recipe", type(recipe).__name__, ("Recipe", "ClassifierRecipe", "SuperviseRecipe"))
     else:
         check(recipe)
     check_augment(recipe.augment)

@@ -28,7 +28,7 @@ from hf_mae.pretrain import pretrain
 from hf_mae.recipes.base import Recipe
 from hf_mae.recipes.checks import check
 from hf_mae.recipes.classification import ClassifierRecipe, LabelledRecipe, check_classifier, check_labelled
-from hf_mae.recipes.fields import as_text, check_field, with_field
+from hf_mae.recipes.fields import as_text, check_field, unknown, with_field
 from hf_mae.recipes.supervised import SuperviseRecipe, check_supervise
 from hf_mae.recipes.transfer import probe_of
 from hf_mae.run import model_folder
@@ -246,7 +246,11 @@ def trainer_of(recipe: Recipe) -> Callable[..., Path]:
         from hf_mae.supervise import supervise  # timm takes seconds to import
 
         return supervise
-    return classify if isinstance(recipe, ClassifierRecipe) else pretrain
+    if isinstance(recipe, ClassifierRecipe):
+        return classify
+    if isinstance(recipe, LabelledRecipe):
+        raise unknown("recipe", type(recipe).__name__, ("Recipe", "ClassifierRecipe", "SuperviseRecipe"))
+    return pretrain
 
 
 def metric_of(recipe: Recipe) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from hf_mae.recipes.fields import unknown
 
 NOT_MEASURED = "not measured"
 
@@ -46,6 +48,10 @@ class Fact:
                 return f"{float(v):.1e}" if v else "0"
             case "short":
                 return f"{float(v):.4g}"
+            case "plain" | "markdown":
+                pass
+            case _:
+                raise unknown("style", self.style, get_args(Style))
         if isinstance(v, bool):
             return "yes" if v else "no"
         if isinstance(v, float):

@@ -16,7 +16,13 @@ from typing import Any
 from hf_mae.cards.vocabulary import is_hub_id
 from hf_mae.exporting.files import hash_weights
 from hf_mae.exporting.lineage import with_official_terms
+from hf_mae.recipes.fields import choose, unknown
 from hf_mae.training.monitors import read_rows
+
+LIBRARIES = ("transformers", "timm", "onnx", "hf_mae")
+"""What loads an export, by which its card is written."""
+WEIGHTS = ("last", "best", "average")
+"""Which weights of a run an export may hold."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,10 @@ def read_records(export: Path, run: Path | None = None, evaluations: Sequence[Pa
         raise ValueError(f"export={export} is no export: it has no export.json; make one with `hf-mae export`")
     if told.get("format") != 1:
         raise ValueError(f"{export / 'export.json'} has format={told.get('format')!r}, not 1; export again")
+    if told["library"] not in LIBRARIES:
+        raise unknown(f"{export / 'export.json'}: library", told["library"], LIBRARIES)
+    if told["source"]["weights"] not in WEIGHTS:
+        raise unknown(f"{export / 'export.json'}: source.weights", told["source"]["weights"], WEIGHTS)
     config = _read(export / "config.json")
     found: dict[str, Any] = {}
     if run is not None:
@@ -197,7 +207,8 @@ def _is_of(model: str, source: Mapping[str, Any], run: Path | None) -> bool:
 def _place(source: Mapping[str, Any]) -> str:
     """Return where in its run the exported model lies."""
     step = f"checkpoints/step_{source.get('step') or 0:08d}"
-    return {"best": "best/model", "average": f"{step}/model_ema"}.get(source["weights"], f"{step}/model")
+    places = {"best": "best/model", "average": f"{step}/model_ema", "last": f"{step}/model"}
+    return choose("source.weights of export.json", source["weights"], places)
 
 
 def _check_belongs(told: Mapping[str, Any], run: Path, found: Mapping[str, Any]) -> None:

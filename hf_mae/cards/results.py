@@ -9,6 +9,7 @@ from typing import Any
 from hf_mae.cards.facts import Fact, maybe
 from hf_mae.cards.private import last_part, published
 from hf_mae.cards.records import Records
+from hf_mae.recipes.fields import choose
 
 METRICS = {
     "top1": ("top-1 accuracy", "accuracy", "percent"),
@@ -202,7 +203,8 @@ def weights_words(records: Records) -> str:
         if source.get("step") is None
         else f", after {Fact(source['step'], 'export.json: source.step', 'count')} updates"
     )
-    return {"last": "last", "best": "best on record", "average": "moving average"}[source["weights"]] + step
+    words = {"last": "last", "best": "best on record", "average": "moving average"}
+    return choose("source.weights", source["weights"], words) + step
 
 
 def evaluations_before_best(records: Records) -> Fact | None:

@@ -8,6 +8,7 @@ from typing import Any
 from hf_mae.cards.facts import NOT_MEASURED, Fact, Style, fact, maybe
 from hf_mae.cards.private import published
 from hf_mae.cards.records import Records
+from hf_mae.recipes.fields import choose
 
 Row = tuple[str, "Fact | str"]
 
@@ -95,7 +96,7 @@ def precision(recipe: Mapping[str, Any]) -> Fact | str:
     if found is None:
         return "not recorded"
     words = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
-    return Fact(words.get(str(found.value), found.value), found.source)
+    return Fact(choose("engine.precision", str(found.value), words), found.source)
 
 
 def hardware_table(records: Records) -> list[Row]:
@@ -174,7 +175,8 @@ def data_table(records: Records, name: str, dataset_id: str | None, licence: str
     return table
 
 
-_RESAMPLE = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+_RESAMPLE = {"0": "nearest", "1": "Lanczos", "2": "bilinear", "3": "bicubic", "4": "box", "5": "Hamming"}
+"""Names of PIL.Image.Resampling."""
 
 
 def preprocessing_table(records: Records) -> list[Row]:
@@ -202,7 +204,7 @@ def preprocessing_table(records: Records) -> list[Row]:
             table.append(("centre crop, pixels", Fact(sides, f"{file}: crop_size")))
         resample = maybe(p, "resample", file)
         if resample is not None:
-            table.append(("resampling", Fact(_RESAMPLE.get(int(resample.value), resample.value), resample.source)))
+            table.append(("resampling", Fact(choose("resample", str(resample.value), _RESAMPLE), resample.source)))
         if p.get("do_convert_rgb") is not None:
             table.append(("converted to RGB", fact(p, "do_convert_rgb", file)))
         names = ("image_mean", "image_std")

@@ -31,6 +31,7 @@ from hf_mae.data.rand_augment import (
     parse_rand_augment,
 )
 from hf_mae.recipes.base import Augment
+from hf_mae.recipes.fields import choose, unknown
 
 Uniforms = Sequence[float] | npt.NDArray[np.float64]
 
@@ -56,13 +57,32 @@ ERASE_AREA = (0.02, 1 / 3)
 ERASE_ASPECT = (0.3, 1 / 0.3)
 
 
+CROPS = ("random-resized", "clamped", "fixed", "center", "resize")
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "crop": CROPS,
+    "rotate_resample": ("bilinear", "nearest"),
+    "rotate_fill": ("mean", "black"),
+    "auto_augment": (None, "original", "v0"),
+    "erase_fill": ("noise", "mean", "black"),
+}
+"""The names that are handled here, by field."""
+_RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
+
+
+def _fills(augment: Augment) -> dict[str, Sequence[float]]:
+    return {"mean": augment.mean, "black": [0.0] * len(augment.mean)}
+
+
 def check_augment(augment: Augment) -> None:
     """Refuse what cannot be carried out, before the first step.
 
     Raises:
-        ValueError: `rand_augment` is not in timm's syntax, `erase_prob` is no share, or a deviation to erase with is
-            not positive.
+        ValueError: a name is unknown, `rand_augment` is not in timm's syntax, `erase_prob` is no share, or a deviation
+            to erase with is not positive.
     """
+    for name, known in CHOICES.items():
+        if (value := getattr(augment, name)) not in known:
+            raise unknown(f"augment.{name}", value, known)
     if augment.rand_augment is not None:
         parse_rand_augment(augment.rand_augment)
     if not 0 <= augment.erase_prob <= 1:
@@ -188,10 +208,13 @@ def is_boxed(augment: Augment) -> bool:
 
 def crop_box(u: Uniforms, height: int, width: int, augment: Augment) -> tuple[int, int, int, int]:
     """Choose the box of the picture that is resized: (top, left, height, width) in pixels."""
+    if augment.crop == "random-resized":
+        return random_resized_crop_box(u, height, width, augment.scale, augment.ratio)
+    if augment.crop == "clamped":
+        return clamped_crop_box(u, height, width, augment.scale, augment.ratio)
     if augment.crop == "resize":
         return 0, 0, height, width
-    choose = clamped_crop_box if augment.crop == "clamped" else random_resized_crop_box
-    return choose(u, height, width, augment.scale, augment.ratio)
+    raise unknown("augment.crop", augment.crop, CROPS)
 
 
 def random_resized_crop_box(
@@ -266,6 +289,8 @@ def _crop_resized(image: Image.Image, u: Uniforms, size: tuple[int, int], augmen
     """Resize, then crop anywhere or at the centre."""
     if augment.crop == "center":
         return center(image, size)
+    if augment.crop != "fixed":
+        raise unknown("augment.crop", augment.crop, CROPS)
     image, (height, width) = resize_to_cover(image, size), size
     top, left = int(u[0] * (image.height - height + 1)), int(u[1] * (image.width - width + 1))
     return image.crop((left, top, left + width, top + height))
@@ -291,7 +316,8 @@ def _resize_fast(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 def _transform(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:
     """Do all that comes between the flips and erasing; the size stays."""
     if augment.auto_augment is not None:
-        resample = Image.Resampling.NEAREST if augment.rotate_resample == "nearest" else Image.Resampling.BICUBIC
+        kinds = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BICUBIC}  # timm's own
+        resample = choose("augment.rotate_resample", augment.rotate_resample, kinds)
         image = auto_augment(image, augment.auto_augment, u[AUTO_AUGMENT:ROTATE], _rotate_fill(augment), resample)
     if augment.rand_augment is not None:
         image = parse_rand_augment(augment.rand_augment)(image, u[RAND_AUGMENT:VERTICAL_FLIP], augment.mean)
@@ -300,15 +326,18 @@ def _transform(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image
 
 def _rotate(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:
     """Rotate about the middle by each of `augment.rotate` in turn, or once by their sum."""
-    resample = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}[augment.rotate_resample]
+    if not augment.rotate:
+        return image
+    resample = choose("augment.rotate_resample", augment.rotate_resample, _RESAMPLE)
+    fill = fill_colour(_rotate_fill(augment))
     angles = [limit * (2 * float(u[ROTATE + i]) - 1) for i, limit in enumerate(augment.rotate)]
-    for angle in [math.fsum(angles)] if augment.rotate_once and angles else angles:
-        image = image.rotate(angle, resample, fillcolor=fill_colour(_rotate_fill(augment)))
+    for angle in [math.fsum(angles)] if augment.rotate_once else angles:
+        image = image.rotate(angle, resample, fillcolor=fill)
     return image
 
 
 def _rotate_fill(augment: Augment) -> Sequence[float]:
-    return [0.0] * len(augment.mean) if augment.rotate_fill == "black" else augment.mean
+    return choose("augment.rotate_fill", augment.rotate_fill, _fills(augment))
 
 
 def _jitter(image: Image.Image, u: Uniforms, augment: Augment) -> Image.Image:
@@ -339,7 +368,7 @@ def erase(pixels: Pixels, u: Uniforms, augment: Augment) -> None:
         return
     top, left, h, w = box
     if augment.erase_fill != "noise":
-        colour = augment.mean if augment.erase_fill == "mean" else [0.0] * channels
+        colour = choose("augment.erase_fill", augment.erase_fill, _fills(augment))[:channels]
         pixels[:, top : top + h, left : left + w] = np.reshape(fill_colour(colour), (-1, 1, 1))
         return
     key = int(float(u[ERASE_NOISE]) * 2**53)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from hf_mae.data.images import EXTENSIONS, ImageError, Pixels, decode_image
 from hf_mae.data.rand_augment import fill_colour
 from hf_mae.recipes.base import IMAGENET_MEAN
+from hf_mae.recipes.fields import choose
 
 RECORD = "background.json"
 """What was done with each picture, in the new folder."""
@@ -221,7 +222,7 @@ def _process(source: Path, out: Path, name: str, settings: GrabCut) -> _Outcome:
         _write(out / name, data)
         limits = f"{settings.min_foreground:g} to {settings.max_foreground:g}"
         return _Outcome(name, share, kept=f"foreground {share:.3f} is outside {limits}")
-    colour = fill_colour(IMAGENET_MEAN if settings.fill == "mean" else (0.0, 0.0, 0.0))
+    colour = fill_colour(choose("fill", settings.fill, {"mean": IMAGENET_MEAN, "black": (0.0, 0.0, 0.0)}))
     cut = np.where(mask[..., None], pixels, np.array(colour, np.uint8))
     _write(out / name, _encode(cut, Path(name).suffix.lower()))
     return _Outcome(name, share)

@@ -30,6 +30,7 @@ from hf_mae.data.images import ImageError, Pixels
 from hf_mae.data.order import Ints, uniforms
 from hf_mae.data.rand_augment import operations
 from hf_mae.recipes.base import Augment
+from hf_mae.recipes.fields import unknown
 
 Failures = list[tuple[int, str]]
 """(image, reason) of those that could not be decoded."""
@@ -66,6 +67,8 @@ class Decoder:
 
     def __post_init__(self) -> None:
         check_augment(self.augment)
+        if self.kind not in ("exact", "fast"):
+            raise unknown("data.decoder", self.kind, ("exact", "fast"))
         if self.augment.rand_augment is not None or self.augment.auto_augment is not None:
             operations()  # before any worker is forked, or each would import them anew
 

@@ -33,6 +33,7 @@ from hf_mae.data.images import Pixels
 from hf_mae.data.order import Ints, Order
 from hf_mae.data.stream import Piece, Remainder, Stream, check_state, loader_state, steps_per_epoch
 from hf_mae.recipes.base import Augment
+from hf_mae.recipes.fields import choose
 
 __all__ = [
     "BadSample",
@@ -192,7 +193,8 @@ class Loader:
         # Rows that failed as stand-ins, by (chunk, row): what is known here saves time and changes no choice.
         self._undecodable: dict[tuple[int, int], str] = {}
         self._spare: deque[tuple[int, Chunk]] = deque(maxlen=2)
-        engine = self._inline if not num_workers else self._threads if worker_kind == "thread" else self._processes
+        kinds = {"thread": self._threads, "process": self._processes}
+        engine = choose("data.workers", worker_kind, kinds) if num_workers else self._inline
         self._batches: Generator[Batch, None, None] = engine()
 
     def __iter__(self) -> Iterator[Batch]:

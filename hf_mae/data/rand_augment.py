@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from hf_mae.recipes.fields import unknown
+
 LEVELS = 10
 """The scale of magnitudes: at 10 every operation reaches its nominal strength."""
 
@@ -176,6 +178,8 @@ def _policy(name: str) -> tuple[tuple[tuple[str, float, float], ...], ...]:
     """Read timm's table: (operation, probability, strength) of each of 25 pairs."""
     from timm.data.auto_augment import auto_augment_policy
 
+    if name not in ("original", "v0"):
+        raise unknown("augment.auto_augment", name, ("original", "v0"))
     return tuple(tuple((op.name, op.prob, float(op.magnitude)) for op in pair) for pair in auto_augment_policy(name))
 
 

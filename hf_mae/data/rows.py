@@ -23,6 +23,7 @@ from hf_mae.data.formats import (
     unreadable,
 )
 from hf_mae.data.order import Ints, permutation
+from hf_mae.recipes.fields import choose
 
 
 class FolderSource(Source):
@@ -153,7 +154,7 @@ class DigitsSource(Source):
 
         digits: Any = load_digits()
         order = permutation(len(digits.target), 0)
-        rows = order[:1437] if split == "train" else order[1437:]
+        rows = choose("data.split", split, {"train": order[:1437], "test": order[1437:]})
         pixels = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
         self._images: list[bytes] = []
         for picture in pixels:

@@ -20,6 +20,7 @@ import numpy as np
 
 from hf_mae.data.formats import UNREADABLE, Chunk, Source, fingerprint
 from hf_mae.data.order import Ints
+from hf_mae.recipes.fields import unknown
 
 PARTS = ("train", "validation", "test")
 """Names of the parts, in their order."""
@@ -150,6 +151,8 @@ def make_splits(
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(rule.seed)).numpy()
         cut = np.split(order, np.cumsum(sizes)[:-1])
         parts = dict(zip(rule.names, cut, strict=True))
+    elif rule.kind != "stratified":
+        raise unknown("kind", rule.kind, ("stratified", "random"))
     else:
         parts = _stratify(rule, sizes, labels, names, where)
     of = {"split": split, "fingerprint": fingerprint, "rows": rows}

@@ -23,6 +23,7 @@ import numpy as np
 
 from hf_mae.data.formats import Chunk, Source
 from hf_mae.data.order import Ints, Order
+from hf_mae.recipes.fields import unknown
 
 Remainder = Literal["carry", "drop"]
 
@@ -42,6 +43,8 @@ def steps_per_epoch(rows: int, global_batch: int, remainder: Remainder) -> float
         raise ValueError(f"rows={rows} and global_batch={global_batch} must be at least 1")
     if remainder == "carry":
         return rows / global_batch
+    if remainder != "drop":
+        raise unknown("data.remainder", remainder, ("carry", "drop"))
     if rows < global_batch:
         raise ValueError(
             f"global_batch={global_batch} is larger than the data set ({rows} rows), so data.remainder='drop' leaves "

@@ -30,7 +30,7 @@ from hf_mae.exporting.parity import (
     run_stock,
 )
 from hf_mae.exporting.questions import noise, question
-from hf_mae.exporting.source import MULTI_LABEL, Source, Target
+from hf_mae.exporting.source import MULTI_LABEL, STOCK, Source, Target
 from hf_mae.exporting.stock import (
     BATCH_NORM,
     Stock,
@@ -45,6 +45,7 @@ from hf_mae.exporting.timm_vit import as_timm
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEPreTrainedModel
 from hf_mae.models.timm_models import write_timm_folder
+from hf_mae.recipes.fields import unknown
 
 FOLDING_TOLERANCE = 1e-4
 """Largest move of a logit by rounding the weights of a folded head to float32, in float64; relative above 1."""
@@ -111,7 +112,11 @@ def _stock(model: nn.Module, target: Target, bce: bool) -> Stock:
         return as_classifier(ours, problem_type=MULTI_LABEL if bce else None)
     if target == "vit_mae":
         return as_vit_mae(cast(MAEForPreTraining, ours))
-    return as_vit_encoder(ours) if target == "vit" else as_beit_encoder(ours)
+    if target == "vit":
+        return as_vit_encoder(ours)
+    if target == "beit":
+        return as_beit_encoder(ours)
+    raise unknown("target", target, STOCK)
 
 
 def _write_transformers(stock: Stock, folder: Path, processor: Mapping[str, Any]) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_mae.exporting.parity import Forward, Outputs, Request
-from hf_mae.exporting.source import Target
+from hf_mae.exporting.source import STOCK, Target
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEPreTrainedModel
+from hf_mae.recipes.fields import unknown
 
 
 def question(model: nn.Module, target: Target, channels: int) -> tuple[Request, Forward, str]:
@@ -20,7 +21,12 @@ def question(model: nn.Module, target: Target, channels: int) -> tuple[Request, 
         model: one of our classes, or a classifier of timm.
         target: a stock one.
         channels: of the images.
+
+    Raises:
+        ValueError: no stock class reads the target.
     """
+    if target not in STOCK:
+        raise unknown("target", target, STOCK)
     library = "timm" if target == "timm" else "transformers"
     pipelines = channels == 3  # they read every picture in colour
     if isinstance(model, MAEForImageClassification) or not isinstance(model, MAEPreTrainedModel):

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,13 @@ from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTrainedModel
 from hf_mae.models.timm_models import load
 from hf_mae.models.timm_spec import TimmSpec
+from hf_mae.recipes.fields import unknown
 from hf_mae.resolve import model_folder, read_config, read_json
 from hf_mae.training.origins import run_of
 
 Target = Literal["auto", "vit_mae", "vit", "beit", "timm", "onnx", "hf_mae"]
+STOCK = ("vit_mae", "vit", "beit", "timm")
+"""The targets that libraries of others load."""
 Weights = Literal["last", "best", "average"]
 
 MULTI_LABEL: Final = "multi_label_classification"
@@ -265,8 +268,10 @@ def _weights_folder(run: Path, weights: Weights) -> Path:
     elif weights == "average":
         folder = cast(Path, model_folder(str(run), field="model")).with_name("model_ema")
         remedy = "only runs with optim.ema_decay keep one"
-    else:
+    elif weights == "last":
         return cast(Path, model_folder(str(run), field="model"))
+    else:
+        raise unknown("weights", weights, get_args(Weights))
     if not (folder / "config.json").is_file():
         raise ValueError(f"weights={weights!r} of {run} do not exist ({folder.name} is missing: {remedy}); use 'last'")
     return folder

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_mae.recipes.fields import unknown
+
 PROCESSOR_FIELDS = (
     "image_processor_type",
     "do_convert_rgb",
@@ -26,6 +28,9 @@ PROCESSOR_FIELDS = (
     "image_std",
 )
 """What `preprocessor_config.json` must say: the stock classes have defaults that models were not trained on."""
+
+TASKS = ("image-classification", "image-feature-extraction")
+"""Tasks whose answers are understood here."""
 
 TIMM_FIELDS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "classifier")
 """What timm's `pretrained_cfg` must say."""
@@ -147,6 +152,8 @@ print(json.dumps(answer))
 
 def pipeline_check(folder: Path, task: str, picture: Path | None) -> Check:
     """Run `pipeline(task, folder)` on a picture in a process without hf_mae; None takes `bundled_picture()`."""
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
     if picture is None:
         picture = bundled_picture()
     name, remedy = f'pipeline("{task}")', "load it with stock transformers to see the whole error"

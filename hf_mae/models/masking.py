@@ -42,7 +42,7 @@ def check_masking(strategy: str, grid: tuple[int, int], mask_ratio: float) -> No
     """
     num_patches = grid[0] * grid[1]
     if strategy not in STRATEGIES:
-        raise ValueError(f"mask_strategy={strategy!r} is unknown; use one of {', '.join(STRATEGIES)}.")
+        raise _unknown(strategy)
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio={mask_ratio} is outside [0, 1); the paper uses 0.75.")
     if count_kept(num_patches, mask_ratio) == 0:
@@ -64,7 +64,9 @@ def num_uniforms(strategy: MaskStrategy, grid: tuple[int, int]) -> int:
         return num_patches
     if strategy == "block":
         return num_patches + 4 * BLOCK_ATTEMPTS
-    return 0
+    if strategy == "grid":
+        return 0
+    raise _unknown(strategy)
 
 
 def mask_noise(strategy: MaskStrategy, uniforms: Tensor, grid: tuple[int, int], mask_ratio: float) -> Tensor:
@@ -94,11 +96,17 @@ def mask_noise(strategy: MaskStrategy, uniforms: Tensor, grid: tuple[int, int], 
         return uniforms
     if strategy == "grid":
         return _grid_noise(grid, mask_ratio).to(uniforms.device).repeat(uniforms.shape[0], 1)
+    if strategy != "block":
+        raise _unknown(strategy)
     num_patches = grid[0] * grid[1]
     draws = uniforms[:, num_patches:].detach().cpu().double().numpy().reshape(-1, BLOCK_ATTEMPTS, 4)
     removed = _remove_blocks(draws, grid, num_patches - count_kept(num_patches, mask_ratio))
     # Patches in a block lie in [1, 2), the others in [0, 1): where blocks fall short, the largest of the others go too.
     return uniforms[:, :num_patches] + torch.from_numpy(removed).flatten(1).to(uniforms)
+
+
+def _unknown(strategy: str) -> ValueError:
+    return ValueError(f"mask_strategy={strategy!r} is unknown; use one of {', '.join(STRATEGIES)}.")
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ class MAEForImageClassification(MAEPreTrainedModel):
         D = config.hidden_size
         if config.mask_tokens_in_encoder:
             del self.encoder_mask_token  # nothing is masked here, and DDP stops at parameters without gradients
+        if config.pool not in ("mean", "cls"):
+            raise ValueError(f"pool={config.pool!r} is unknown; use 'mean' or 'cls'.")
+        if config.head not in ("linear", "batchnorm"):
+            raise ValueError(f"head={config.head!r} is unknown; use 'linear' or 'batchnorm'.")
         is_mean = config.pool == "mean"
         if is_mean:
             self.norm = nn.Identity()

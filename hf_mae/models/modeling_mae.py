@@ -153,8 +153,10 @@ class MAEPreTrainedModel(PreTrainedModel):
         table = torch.zeros(1, 1 + self.config.num_patches, width)
         if self.config.pos_embed == "sincos":
             self.register_buffer(name, table)
-        else:
+        elif self.config.pos_embed == "learned":
             self.register_parameter(name, nn.Parameter(table))
+        else:
+            raise ValueError(f"pos_embed={self.config.pos_embed!r} is unknown; use 'sincos' or 'learned'.")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -60,5 +60,11 @@ def pixel_target(patches: Tensor, norm: bool) -> Tensor:
 
 
 def make_target(config: MAEConfig, patches: Tensor) -> Tensor:
-    """Return the target [N, L, P] of `config.target`; today that is pixels, and the config refuses anything else."""
+    """Return the target [N, L, P] of `config.target`.
+
+    Raises:
+        ValueError: it is not pixels, the only one there is today.
+    """
+    if config.target != "pixel":
+        raise ValueError(f"target={config.target!r} is unknown; use 'pixel'.")
     return pixel_target(patches, config.norm_pix_loss)

@@ -7,9 +7,10 @@ and the optimizer count nothing. The tests hold all three to the real model.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from hf_mae.recipes.base import Model, Size
+from hf_mae.recipes.fields import choose, unknown
 
 Precision: TypeAlias = Literal["no", "tf32", "bf16", "fp16"]
 Attention: TypeAlias = Literal["sdpa", "eager"]
@@ -48,6 +49,10 @@ class BlockShape:
         float32 (softmax) and once more in half.
         """
         n, m, D, item = self.tokens, self.outputs, self.width, item_size(precision)
+        if checkpoint not in (known := get_args(Checkpoint)):
+            raise unknown("engine.checkpoint_activations", checkpoint, known)
+        if attention not in (known := get_args(Attention)):
+            raise unknown("attention", attention, known)
         if checkpoint == "blocks":
             return 4 * n * D
         residual = (4 * D + 8) * (n + m)
@@ -111,7 +116,7 @@ class Flops:
 
 def item_size(precision: Precision) -> int:
     """Return the bytes of one number that enters a matrix product."""
-    return 2 if precision in ("bf16", "fp16") else 4
+    return choose("engine.precision", precision, {"no": 4, "tf32": 4, "bf16": 2, "fp16": 2})
 
 
 def shapes(model: Model, *, shortcuts: bool = True) -> Shapes:
@@ -204,7 +209,8 @@ def count_parameters(model: Model) -> Parameters:
     s = shapes(model)
     D, D_decoder, P = model.hidden_size, model.decoder_hidden_size, s.patch_dim
     tables = ((s.patches + 1) * D, (s.patches + 1) * D_decoder)
-    learned, fixed = (tables, (0, 0)) if model.pos_embed == "learned" else ((0, 0), tables)
+    kinds = {"learned": (tables, (0, 0)), "sincos": ((0, 0), tables)}
+    learned, fixed = choose("model.pos_embed", model.pos_embed, kinds)
     whole = model.mask_tokens_in_encoder
     return Parameters(
         # Patch embedding, cls token, mask token, positions, blocks, norm.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_mae.planning.counts import Attention, Precision
+from hf_mae.recipes.fields import choose
 
 IMAGENET_IMAGES = 1_281_167
 IMAGES = {"ILSVRC/imagenet-1k": IMAGENET_IMAGES, "cifar10": 50_000, "digits": 1_437}
@@ -45,9 +46,8 @@ class Gpu:
 
     def peak(self, precision: Precision) -> float:
         """Return TFLOP/s of matrix products in this precision."""
-        if precision == "tf32":
-            return self.tf32 or self.fp32
-        return self.fp32 if precision == "no" else self.half
+        peaks = {"no": self.fp32, "tf32": self.tf32 or self.fp32, "bf16": self.half, "fp16": self.half}
+        return choose("engine.precision", precision, peaks)
 
 
 _GPUS = (

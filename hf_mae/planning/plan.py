@@ -38,6 +38,7 @@ from hf_mae.planning.hardware import (
 )
 from hf_mae.recipes.base import Recipe
 from hf_mae.recipes.checks import check, choose_micro_batch, largest_divisor
+from hf_mae.recipes.fields import unknown
 from hf_mae.training.schedules import make_plan
 
 CHECKPOINTS: tuple[Checkpoint, ...] = ("none", "gelu", "blocks")
@@ -337,6 +338,8 @@ def _resolve(recipe: Recipe, hardware: Hardware) -> tuple[Gpu | None, float, flo
     if hardware.gpu is None and hardware.tflops is not None:
         return None, hardware.tflops, hardware.gpu_memory, precision
     gpu = GPUS[hardware.gpu or "a100"]
+    if hardware.precision not in ("best", "recipe"):
+        raise unknown("precision", hardware.precision, ("best", "recipe"))
     if precision == "no" and hardware.precision == "best":
         precision = "bf16" if gpu.bf16 else "fp16"
     if precision == "bf16" and not gpu.bf16:

@@ -7,6 +7,7 @@ from dataclasses import is_dataclass
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from hf_mae.recipes.base import Recipe, Rule, flat
+from hf_mae.recipes.fields import unknown
 
 _NOT_YET = ("pca", "token")  # of the paper's Table 1d
 
@@ -64,7 +65,7 @@ def check(recipe: Recipe) -> None:
     for name, rule, holds in (*_RULES, *recipe.rules):
         if name in values and not holds(values[name]):
             raise ValueError(f"{name}={values[name]} {rule}")
-    _check_choices(recipe)
+    check_choices(recipe)
     warmup_epochs(recipe)
     lr = recipe.optim.base_lr * recipe.global_batch / 256
     if recipe.schedule.min_lr > lr:
@@ -121,18 +122,26 @@ def warmup_epochs(recipe: Recipe) -> float:
     return warmup
 
 
-def _check_choices(group: Any, where: str = "") -> None:
-    """Refuse values that a field's Literal type does not name, which Python itself would let pass."""
+def check_choices(group: Any, where: str = "") -> None:
+    """Refuse values that a field's Literal type does not name, which Python itself would let pass.
+
+    Args:
+        group: a dataclass: a recipe, or one of its groups.
+        where: what the names of its fields begin with.
+
+    Raises:
+        ValueError: a field has a value of no such name; lists those there are.
+    """
     hints = get_type_hints(cast(type[Any], type(group)))
     for name, hint in hints.items():
         value = getattr(group, name)
         if is_dataclass(value):
-            _check_choices(value, f"{name}.")
+            check_choices(value, f"{name}.")
             continue
         parts = (hint,) if get_origin(hint) is Literal else get_args(hint)
         choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
         if choices and isinstance(value, str | bool) and value not in choices:
-            raise ValueError(f"{where}{name}={value!r} is unknown; use one of {', '.join(choices)}")
+            raise unknown(f"{where}{name}", value, choices)
 
 
 def largest_divisor(number: int, limit: int, *, even: bool = False) -> int:

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import difflib
 import types
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from hf_mae.recipes.base import AnyRecipe, Recipe, flat
+
+T = TypeVar("T")
+
+
+def unknown(field: str, value: object, known: Iterable[object]) -> ValueError:
+    """Return the error for a name that is not handled: every choice by name ends in it, none in its last branch."""
+    return ValueError(f"{field}={value!r} is unknown; use one of {', '.join(map(str, known))}")
+
+
+def choose(field: str, value: str, known: Mapping[str, T]) -> T:
+    """Return what a name stands for.
+
+    Raises:
+        ValueError: there is no such name; lists those there are.
+    """
+    if value not in known:
+        raise unknown(field, value, known)
+    return known[value]
 
 
 def with_field(recipe: AnyRecipe, field: str, value: Any) -> AnyRecipe:

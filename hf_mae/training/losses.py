@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mae.recipes.classification import ClassifierAugment, Loss
+from hf_mae.recipes.fields import unknown
 from hf_mae.training.mixing import draw_mix, mix_targets
 
+LOSSES = ("ce", "bce")
+TARGETS = ("soft", "threshold", "binarize")
 PAIRS = 20_000
 """Mixtures drawn for `trivial_loss`: the share of positive partners is then within .004 (one standard deviation)."""
 
@@ -50,6 +53,8 @@ def binary_targets(
     if target == "binarize":
         shares = mix_targets(labels, lam, num_classes, 0.0)
         return torch.where(shares > 0, 1 - smoothing, smoothing / num_classes)
+    if target not in ("soft", "threshold"):
+        raise unknown("loss.target", target, TARGETS)
     soft = mix_targets(labels, lam, num_classes, smoothing)
     return soft if target == "soft" else (soft > threshold).to(soft.dtype)
 
@@ -70,6 +75,8 @@ def classification_loss(logits: Tensor, labels: Tensor, lam: Tensor, loss: Loss,
     if loss.name == "ce":
         targets = mix_targets(labels, lam, num_classes, smoothing)  # [n, classes]
         return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+    if loss.name != "bce":
+        raise unknown("loss.name", loss.name, LOSSES)
     targets = binary_targets(
         labels, lam, num_classes, smoothing=smoothing, target=loss.target, threshold=loss.threshold
     )
@@ -81,8 +88,12 @@ def check_loss(loss: Loss, smoothing: float, num_classes: int) -> list[str]:
     """Refuse targets that say nothing; return sentences about settings that do not do what they seem to.
 
     Raises:
-        ValueError: a threshold that every class reaches, or none.
+        ValueError: a threshold that every class reaches, or none; or an unknown loss or target.
     """
+    if loss.name not in LOSSES:
+        raise unknown("loss.name", loss.name, LOSSES)
+    if loss.target not in TARGETS:
+        raise unknown("loss.target", loss.target, TARGETS)
     if loss.name != "bce" or loss.target != "threshold" or smoothing == 0:
         return []
     off = smoothing / num_classes
@@ -131,6 +142,10 @@ def trivial_loss(
     off = smoothing / num_classes
     if loss.name == "ce":
         return float(torch.special.entr(share * (1 - smoothing) + off).sum())
+    if loss.name != "bce":
+        raise unknown("loss.name", loss.name, LOSSES)
+    if loss.target not in TARGETS:
+        raise unknown("loss.target", loss.target, TARGETS)
     if loss.target == "soft":
         mean = share * (1 - smoothing) + off
     else:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_mae.data.order import MIX, Ints, mix
 from hf_mae.recipes.classification import ClassifierAugment
+from hf_mae.recipes.fields import unknown
 
 Box = tuple[int, int, int, int]
 """Top, bottom, left, right in pixels; bottom and right are outside. Empty where images are blended as a whole."""
@@ -67,7 +68,8 @@ class MixDraws:
         repeats: samples made of each image, all in one global batch.
 
     Raises:
-        ValueError: the global batch is odd, or the partner of a sample would be made of the same image.
+        ValueError: the global batch is odd, the partner of a sample would be made of the same image, or `mix_mode` is
+            unknown.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class MixDraws:
     ):
         assert repeats % 2 == 1, "partners are half a batch apart: each image would be mixed with itself"
         assert images * repeats % 2 == 0, "pairs need an even global batch"
+        if augment.mix_mode not in ("batch", "pair"):
+            raise unknown("augment.mix_mode", augment.mix_mode, ("batch", "pair"))
         self.augment, self.seed, self.size = augment, seed, size
         self.images, self.length, self.repeats = images, length, repeats
 

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_mae.recipes.fields import unknown
 from hf_mae.training.distributed import reduce_sum
 
 TIMES = frozenset(
@@ -248,10 +249,12 @@ def open_tracker(track: str, folder: Path, name: str, step: int) -> Any:
     """Return a function (numbers, step) that feeds a tracker, closed by (None, None); None for `none`.
 
     Raises:
-        ValueError: the tracker is not installed.
+        ValueError: the tracker is unknown, or not installed.
     """
     if track == "none":
         return None
+    if track not in ("tensorboard", "trackio"):
+        raise unknown("engine.track", track, ("none", "tensorboard", "trackio"))
     try:
         if track == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter

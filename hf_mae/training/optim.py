@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from hf_mae.recipes.base import Optim
 from hf_mae.recipes.classification import ClassifierOptim
+from hf_mae.recipes.fields import unknown
 from hf_mae.training.distributed import full
 from hf_mae.training.statistics import running_statistics
 
@@ -222,6 +223,8 @@ def _optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.op
         from timm.optim.rmsprop_tf import RMSpropTF
 
         return RMSpropTF(groups, lr=0.0, alpha=0.9, momentum=momentum, eps=optim.eps)
+    if optim.name not in ("adam", "adamw"):
+        raise unknown("optim.name", optim.name, ("adamw", "adam", "lamb", "lars", "rmsprop", "sgd"))
     kind = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
     # A fused optimizer takes the scale of fp16 off the gradients itself: too late for adaptive clipping before it.
     return kind(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=optim.agc is None)

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from hf_mae.recipes.base import Recipe, Schedule
 from hf_mae.recipes.checks import warmup_epochs
+from hf_mae.recipes.fields import unknown
+
+SCHEDULES = ("cosine", "timm-cosine", "constant", "step", "exponential")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,9 @@ class Plan:
             return self.lr * self.schedule.gamma**falls
         if self.schedule.name == "exponential":
             return start * (self.lr / start) ** (at / max(self.total_steps - 1, 1))
-        return self.lr
+        if self.schedule.name == "constant":
+            return self.lr
+        raise unknown("schedule.name", self.schedule.name, SCHEDULES)
 
     def _cosine(self, progress: float) -> float:
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -69,6 +74,8 @@ def make_plan(recipe: Recipe, *, steps_per_epoch: float) -> Plan:
         ValueError: the run has no step, or the warm-up is not shorter than the run.
     """
     schedule, epochs = recipe.schedule, recipe.epochs
+    if schedule.name not in SCHEDULES:  # now, and not after the warm-up
+        raise unknown("schedule.name", schedule.name, SCHEDULES)
     warmup = warmup_epochs(recipe)
     # Whole global batches only: what is left of the last epoch is fewer images than one update takes.
     total = recipe.max_steps if recipe.max_steps is not None else math.floor(epochs * steps_per_epoch + 1e-9)

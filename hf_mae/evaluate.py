@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from hf_mae.data.imagenet import (
 from hf_mae.data.labels import align
 from hf_mae.data.sources import Source, list_splits, open_source
 from hf_mae.data.whole import BadRow, WholeSplit
-from hf_mae.evaluation.classification import ClassificationQuality, NoExamplesError, evaluate_real
+from hf_mae.evaluation.classification import ClassificationQuality, NoExamplesError, chosen_on, evaluate_real
 from hf_mae.evaluation.report import Drawing
 from hf_mae.models.configuration_mae import height_width
 from hf_mae.models.convert import load_official_checkpoint
@@ -98,6 +99,8 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
         "splits": recipe.data.splits,
         "numbers": numbers,
     } | pictures
+    if one.note:
+        summary["note"] = one.note
     if accelerator.is_main_process:
         write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         if recipe.csv:
@@ -107,6 +110,8 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
         )
     )
+    if one.note:
+        say(f"warning: {one.note}")
     say(f"expected: {recipe.expected}; written to {out}")
     accelerator.wait_for_everyone()
     return numbers
@@ -259,7 +264,8 @@ def _load_official(path: Path | str, say: Printer) -> Loaded:
 
 def _no_classifier(name: Path | str, what: str) -> ValueError:
     return ValueError(
-        f"model={name} is no classifier (it holds {what}); train one first: hf-mae finetune --init-from {name}"
+        f"model={name} is no classifier (it holds {what}); train one first: hf-mae finetune --init-from "
+        f"{shlex.quote(str(name))}"
     )
 
 
@@ -272,6 +278,7 @@ class _One:
         self.recipe, self.judged, self.accelerator, self.say = recipe, judged, accelerator, say
         self.trained = trained
         self.split = ""  # of the last data that were measured on
+        self.note: str | None = None  # what has to be said of the numbers
         self.task, self.names = judged.task, judged.names
         self.crop_pct = judged.crop_pct if recipe.crop_pct is None else recipe.crop_pct
         if recipe.classes != "names" and len(self.names) != NUM_CLASSES:
@@ -338,8 +345,10 @@ class _One:
                 f"{source.where}: {len(foreign)} of its classes are not among the {len(keep)} of {recipe.name}, "
                 f"the first is ImageNet's {foreign[0]}; use the preset of this data set"
             )
+        self.note = _chosen_on(recipe, self.trained, self.split)
+        about = {"split": self.split} | ({"note": self.note} if self.note else {})
         quality = ClassificationQuality(
-            batches, self.names, accelerator, every=0, out=out, keep=keep, align=classes, draw=draw
+            batches, self.names, accelerator, every=0, out=out, about=about, keep=keep, align=classes, draw=draw
         )
         numbers = {**quality(self.task, 0), "examples": quality.latest["weights"].examples}
         quality.finish(self.task, 0)
@@ -394,6 +403,19 @@ def _trained_on(recipe: Evaluation) -> Data | None:
     return trained if here == there and recipe.data.name == trained.name else None
 
 
+def _chosen_on(recipe: Evaluation, trained: Data | None, split: str | None) -> str | None:
+    """Return what has to be said where a run's best weights are measured on the split that chose them."""
+    path = Path(recipe.model).expanduser().resolve()
+    best = next((folder for folder in (path, path.parent) if (folder / "best.json").is_file()), None)
+    environment = None if best is None else best.parent / "environment.json"
+    if best is None or environment is None or not environment.is_file() or trained is None:
+        return None
+    starts = json.loads(environment.read_text())["starts"]
+    if split is None or not starts or starts[-1].get("tested_on") != split:
+        return None
+    return chosen_on(json.loads((best / "best.json").read_text())["metric"], split)
+
+
 def _divided_as(data: Data, trained: Data | None, say: Printer) -> Data:
     """Return the data, divided by the rule of the training unless what is asked for lies beside what it divided."""
     if trained is None or trained.splits is None or data.splits is not None:
@@ -402,7 +424,8 @@ def _divided_as(data: Data, trained: Data | None, say: Printer) -> Data:
     if data.split != "train" and data.split in own and len(own) > 1:
         return data
     say(
-        f"the model was trained on a part of these images (its run's data.splits): using --data.splits {trained.splits}"
+        "the model was trained on a part of these images (its run's data.splits): using --data.splits "
+        f"{shlex.quote(str(trained.splits))}"
     )
     return replace(data, splits=trained.splits)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from hf_mae.data.order import uniforms
 from hf_mae.data.sources import SPLIT_NAMES, Source, list_splits, open_source
 from hf_mae.data.whole import WholeSplit
 from hf_mae.evaluation.charts import draw_learning
-from hf_mae.evaluation.classification import ClassificationQuality
+from hf_mae.evaluation.classification import ClassificationQuality, chosen_on
 from hf_mae.evaluation.report import Drawing
 from hf_mae.recipes.classification import LabelledRecipe
 from hf_mae.run import Training, last_model
@@ -167,6 +169,7 @@ class LabelledTraining(Training[L]):
             at_start=self.recipe.evals.at_start,
             average=average,
             out=out,
+            about={"split": self.tested_on, "note": chosen_on(self.recipe.evals.best, str(self.tested_on))},
             draw=drawing if self.recipe.evals.pictures else None,
         )
 
@@ -207,8 +210,16 @@ class LabelledTraining(Training[L]):
             values = [(row[name], row["step"]) for row in rows if name in row]
             if values:
                 top, step = max(values, key=lambda value: value[0])
-                best = f"; best {top:.4f} at step {step}" if len(values) > 1 else ""
+                chosen = f", the best of {len(values)} on {self.tested_on}: optimistic" if self.tested_on else ""
+                best = f"; best {top:.4f} at step {step}{chosen}" if len(values) > 1 else ""
                 say(f"{title}: {values[-1][0]:.4f} on {len(self.names)} classes{best}")
+        evaluations = sum(self.recipe.evals.best in row for row in rows)
+        if self.tested_on in SPLIT_NAMES["test"] and evaluations > 1:
+            say(
+                f"note: {out / 'best'}: {chosen_on(self.recipe.evals.best, str(self.tested_on))}, and it is the "
+                "test split, so no images are left that chose nothing; choose by a validation split (--evals.split "
+                "or --data.splits stratified:80/10/10), then measure on the test split with hf-mae evaluate"
+            )
         if self.test_images is not None and (bad := self.test_images.bad):
             say(f"warning: {len(bad)} test images of this process cannot be decoded and were left out: {bad[0]} ...")
         if self.recipe.evals.pictures and self.test_images is not None:
@@ -216,8 +227,8 @@ class LabelledTraining(Training[L]):
         if pictures := sorted((out / "pictures").glob("*.png")):
             say(f"pictures: {', '.join(p.name for p in pictures)} in {out / 'pictures'}")
         if model := last_model(out):
-            say(f'model: {model}, load it with {self.load_with}("{model}")')
-            say(f"on the Hub: hf-mae publish {out} ORG/NAME --license LICENCE --dry-run")
+            say(f"model: {model}, load it with {self.load_with}({json.dumps(str(model), ensure_ascii=False)})")
+            say(f"on the Hub: hf-mae publish {shlex.quote(str(out))} ORG/NAME --license LICENCE --dry-run")
 
 
 class Noise:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -177,8 +179,9 @@ class MaskedPretraining(Training[Recipe]):
         if pictures := sorted((out / "pictures").glob("*.png")):
             say(f"reconstructions: {pictures[-1]}")
         if model := last_model(out):
-            say(f'model: {model}, load it with hf_mae.MAEModel.from_pretrained("{model}")')
-            say(f"on the Hub: hf-mae publish {out} ORG/NAME --license LICENCE --dry-run")
+            folder = json.dumps(str(model), ensure_ascii=False)
+            say(f"model: {model}, load it with hf_mae.MAEModel.from_pretrained({folder})")
+            say(f"on the Hub: hf-mae publish {shlex.quote(str(out))} ORG/NAME --license LICENCE --dry-run")
         if self.recipe.data.path == "digits":
             say("next, on your own images: hf-mae pretrain mae-vit-s --data.path DIR_OR_HUB_ID --global-batch 256")
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hf_mae.classify import classify
+from hf_mae.evaluate import evaluate
 from hf_mae.evaluation.classification import ClassificationQuality
 from hf_mae.recipes.classification import Classifier, ClassifierEvals
+from hf_mae.recipes.evaluation import EVALUATIONS
 from hf_mae.recipes.transfer import FINETUNE
+from hf_mae.run import last_model
 
 
 @pytest.fixture
@@ -80,3 +86,33 @@ def test_a_run_that_continues_in_another_folder_has_its_best_model_there(recipe,
     best = json.loads((other / "best" / "best.json").read_text())
     assert best == json.loads((short / "best" / "best.json").read_text())
     assert best["step"] == 1
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_number_of_the_split_that_chose_the_best_weights_is_called_optimistic(recipe, tmp_path, capfd, split):
+    evals = ClassifierEvals(split=split, pictures=False)
+    data = replace(recipe.data, splits=None if split == "test" else "stratified:80/20@1")
+    out = classify(replace(recipe, out=str(tmp_path / "my run's"), data=data, max_steps=3, evals=evals))
+    said = capfd.readouterr().err
+    assert f"the best of 3 on {split}: optimistic" in said
+    assert ("no images are left that chose nothing" in said) == (split == "test")
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert evaluation["split"] == split
+    assert re.search(rf"chosen by top1 on this split \({split}\).*optimistic", evaluation["note"])
+    # What is printed can be pasted.
+    line = next(line for line in said.splitlines() if "hf-mae publish" in line)
+    assert shlex.split(line.partition("on the Hub: ")[2])[:3] == ["hf-mae", "publish", str(out)]
+    load = next(line for line in said.splitlines() if "from_pretrained" in line).partition("from_pretrained")[2]
+    assert ast.literal_eval(load) == str(last_model(out))
+
+
+def test_an_evaluation_of_the_best_weights_by_the_split_that_chose_them_says_so(recipe, tmp_path, capfd):
+    out = classify(replace(recipe, max_steps=2))
+    for model, optimistic in ((out / "best" / "model", True), (out, False)):
+        asked = replace(EVALUATIONS["own"], model=str(model), out=str(tmp_path / "evaluation"), pictures=False)
+        capfd.readouterr()
+        evaluate(replace(asked, data=replace(recipe.data, split="test")))
+        assert ("warning: the best weights were chosen by top1" in capfd.readouterr().err) == optimistic
+        for name in ("summary.json", "evaluation.json"):
+            content = json.loads((tmp_path / "evaluation" / name).read_text())
+            assert ("optimistic" in content.get("note", "")) == optimistic

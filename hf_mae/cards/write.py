@@ -21,7 +21,7 @@ from hf_mae.cards.options import CardOptions
 from hf_mae.cards.pictures import Picture, copy_samples, draw_pictures
 from hf_mae.cards.private import published
 from hf_mae.cards.records import Records, read_records, run_of_export
-from hf_mae.cards.results import Result, evaluations_before_best, measured, weights_words
+from hf_mae.cards.results import Result, evaluations_before_best, measured, split_words, weights_words
 from hf_mae.cards.tables import (
     architecture_table,
     data_table,
@@ -33,7 +33,9 @@ from hf_mae.cards.tables import (
 )
 from hf_mae.cards.terms import base_model, data_name, eval_entries, measured_on, metadata, terms
 from hf_mae.cards.vocabulary import is_hub_id
+from hf_mae.data.sources import SPLIT_NAMES
 from hf_mae.exporting.folders import is_edited, write_files
+from hf_mae.exporting.stock import HOW_TO_LOAD
 from hf_mae.exporting.telling import Say, silent
 
 _KINDS = {
@@ -259,6 +261,9 @@ def _context(
     labels = config.get("id2label") or config.get("label_names") or ()
     return {
         "repo_id": repo_id,
+        "best_split": split_words(records),
+        "best_on_test": split_words(records) in SPLIT_NAMES["test"],
+        "how_to_load": HOW_TO_LOAD.get(export["class"], ""),
         "title": options.title or repo_id.rsplit("/", 1)[-1],
         "author": options.author or "",
         "target": export["target"],

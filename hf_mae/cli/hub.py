@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -350,4 +351,4 @@ def space_command(arguments: Sequence[str]) -> None:
         title=given.title,
         overwrite=given.overwrite,
     )
-    _say(f"{out}: upload it with `hf upload ORG/NAME {out} --repo-type space`")
+    _say(f"{out}: upload it with `hf upload ORG/NAME {shlex.quote(str(out))} --repo-type space`")

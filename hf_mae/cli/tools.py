@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -138,7 +139,8 @@ def split_command(arguments: Sequence[str]) -> None:
     splits = split_source(source, rule, split=divided(list_splits(data), data.split))
     write_splits(given.out, splits, overwrite=given.overwrite)
     sys.stdout.write(
-        f"{source.where}: {counts_in_words(splits)}; written to {given.out}, use it with --data.splits {given.out}\n"
+        f"{source.where}: {counts_in_words(splits)}; written to {given.out}, use it with "
+        f"--data.splits {shlex.quote(str(given.out))}\n"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import tempfile
 from importlib import metadata
@@ -101,7 +102,7 @@ def _check_hub_id(field: str, model: str) -> None:
     if Path(model).expanduser().exists():
         raise ValueError(
             f"{field}={model} is a folder of this machine, which a Space cannot see; publish it first "
-            f"(hf-mae publish {model} ORG/NAME) and name ORG/NAME"
+            f"(hf-mae publish {shlex.quote(model)} ORG/NAME) and name ORG/NAME"
         )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model, re.ASCII):
         raise ValueError(f"{field}={model} is no Hub id; a Space takes published models: name ORG/NAME")

@@ -279,6 +279,7 @@ class ClassificationQuality:
         average: has `swapped()`, under which the weights are their moving average; those are evaluated as well, in a
             pass of their own.
         out: run folder; `finish` writes evaluation.json there.
+        about: what evaluation.json says beside the results, such as the split, and which weights it chose.
         keep: the logits of these classes alone compete (ImageNet-A and -R have 200 of the 1,000).
         align: model class of each class of the data; None where they are the same.
         draw: called as draw(results, task) by `finish`, on all ranks, with the better of weights and average in the
@@ -295,12 +296,13 @@ class ClassificationQuality:
         at_start: bool = False,
         average: Any = None,
         out: Path | None = None,
+        about: Mapping[str, Any] | None = None,
         keep: Sequence[int] | None = None,
         align: Sequence[int] | None = None,
         draw: Callable[[ClassResults, nn.Module], None] | None = None,
     ):
         self.batches, self.accelerator, self.every, self.at_start = batches, accelerator, every, at_start
-        self.average, self.out, self.draw = average, out, draw
+        self.average, self.out, self.draw, self.about = average, out, draw, dict(about or {})
         device = accelerator.device
         self.keep = None if keep is None else torch.tensor(list(keep), device=device)
         self.names = list(names) if keep is None else [names[i] for i in keep]
@@ -353,7 +355,7 @@ class ClassificationQuality:
             return
         if self.out is not None and self.accelerator.is_main_process:
             try:
-                write_evaluation(self.out / "evaluation.json", self.latest, self.names, step)
+                write_evaluation(self.out / "evaluation.json", self.latest, self.names, step, self.about)
             except OSError as error:
                 warnings.warn(f"{self.out / 'evaluation.json'} was not written: {error}", RuntimeWarning, stacklevel=2)
         if self.draw is not None:
@@ -365,9 +367,22 @@ class ClassificationQuality:
                     warnings.warn(f"not all pictures were drawn: {error}", RuntimeWarning, stacklevel=2)
 
 
-def write_evaluation(path: Path, results: Mapping[str, ClassResults], names: Sequence[str], step: int) -> None:
-    """Write results by kind of weights (`weights`, `ema`) as JSON, in one move."""
-    content = {"step": step, "classes": list(names)} | {kind: r.to_dict() for kind, r in results.items()}
+def chosen_on(metric: str, split: str) -> str:
+    """Return what has to be said of the best weights where they are measured on the split that chose them."""
+    return f"the best weights were chosen by {metric} on this split ({split}), so their accuracy on it is optimistic"
+
+
+def write_evaluation(
+    path: Path,
+    results: Mapping[str, ClassResults],
+    names: Sequence[str],
+    step: int,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write results by kind of weights (`weights`, `ema`) as JSON, in one move, with what is said about all of them."""
+    content = (
+        {"step": step, "classes": list(names)} | dict(about or {}) | {kind: r.to_dict() for kind, r in results.items()}
+    )
     partial = path.with_name(f".{path.name}")
     partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)

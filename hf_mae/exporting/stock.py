@@ -30,6 +30,14 @@ BLOCK = {
 }
 """Parts of a block, ours and transformers'; queries, keys and values are separate there."""
 
+HOW_TO_LOAD = {
+    "ViTMAEForPreTraining": "AutoModel masks patches at random on these weights too, as ViTMAEModel always does, so it "
+    "sees a part of each image only; for features export the encoder (hf-mae export MODEL OUT --target vit)",
+    "ViTModel": "the pooler that AutoModel adds to ViTModel is not in these weights, so pooler_output is random; pass "
+    "add_pooling_layer=False and use last_hidden_state",
+}
+"""What has to be known to load a stock class, by its name: an export says it, and so does its card."""
+
 NO_KEY_BIAS = (
     "the key bias of attention is left out, as BEiT has none: it shifts every score of a query alike and cancels in "
     "the softmax"
@@ -157,11 +165,7 @@ def as_vit_encoder(model: MAEPreTrainedModel) -> Stock:
     config, ours = model.config, model.state_dict()
     stock = ViTConfig(**_vit_fields(config), architectures=["ViTModel"])
     weights = _encoder(ours, config, "") | _linear(ours, "norm", "layernorm")
-    changes = [
-        "ViTModel's pooler, which we have not, is not part of the file: pass add_pooling_layer=False, or transformers "
-        "adds one of random weights, whose pooler_output means nothing"
-    ]
-    return Stock(stock, weights, changes + left_out(model))
+    return Stock(stock, weights, left_out(model))  # no pooler, see HOW_TO_LOAD
 
 
 def as_beit_encoder(model: MAEPreTrainedModel) -> Stock:

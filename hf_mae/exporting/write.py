@@ -49,7 +49,7 @@ from hf_mae.exporting.parity import (
 )
 from hf_mae.exporting.questions import logits, noise, reconstruction, tokens
 from hf_mae.exporting.source import MULTI_LABEL, Source, Target, Weights, read
-from hf_mae.exporting.stock import as_graph, left_out
+from hf_mae.exporting.stock import HOW_TO_LOAD, as_graph, left_out
 from hf_mae.exporting.telling import Say, no_bars_in_logs, silent
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTrainedModel
@@ -123,6 +123,8 @@ def export(
         record["lineage"] = lineage(model)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     say(f"exported {source.origin.name} as {record['class']} ({record['library']}) to {out}{_summary(record)}")
+    if (note := HOW_TO_LOAD.get(record["class"])) is not None:
+        say(f"note: {note}")
     return out
 
 

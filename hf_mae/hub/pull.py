@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,7 @@ def _pull(repo_id: str, out: Path, revision: str | None, say: Callable[[str], No
         shutil.rmtree(partial, ignore_errors=True)  # some systems keep a file that is open: the lock
     finally:
         lock.release()
-    say(f"{out}: continues at {checkpoints[-1].name}; run its command with --out {out}")
+    say(f"{out}: continues at {checkpoints[-1].name}; run its command with --out {shlex.quote(str(out))}")
     return out
 
 

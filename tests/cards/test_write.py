@@ -366,3 +366,30 @@ def test_the_reconstruction_of_a_card_shows_the_masks_of_the_model(tmp_path: Pat
     if config.mask_strategy == "grid":
         assert expected[0].tolist() == expected[1].tolist()
         assert not expected[0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("cls", "target", "usage", "said"),
+    [
+        ("ViTMAEForPreTraining", "vit_mae", "# AutoModel masks", "AutoModel masks patches at random.*--target vit"),
+        ("ViTModel", "vit", "add_pooling_layer=False", "pooler_output is random"),
+    ],
+)
+def test_a_card_says_what_automodel_does_to_the_weights(export: Path, cls: str, target: str, usage: str, said: str):
+    change(export / "export.json", **{"class": cls}, target=target, task=None, classifies=False, problem_type=None)
+    text = _card(export, None)
+    assert usage in text.split("## Usage")[1].split("## Results")[0]
+    assert re.search(said, text)
+    change(export / "export.json", **{"class": "BeitModel"}, target="beit")
+    assert not re.search(said, _card(export, None))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_number_of_the_split_that_chose_the_weights_is_called_optimistic(export: Path, run: Path, split: str):
+    environment = json.loads((run / "environment.json").read_text())
+    write_json(run / "environment.json", {"starts": [s | {"tested_on": split} for s in environment["starts"]]})
+    assert "optimistic" not in _card(export, run)
+    change(export / "export.json", source__weights="best", source__step=20)
+    text = _card(export, run)
+    assert re.search(rf"best of 2 evaluations by `top1` on {split}\b.*optimistic", text)
+    assert ("test split" in text) == (split == "test")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -13,11 +14,11 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
+from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from hf_mae.cli import main, parse_recipe
 from hf_mae.evaluation import features
-from hf_mae.pretrain import MaskNoise, pretrain
-from hf_mae.recipes.base import Data, Engine, Evals
+from hf_mae.pretrain import MaskNoise, load_pretrained, pretrain
+from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Data, Engine, Evals
 from hf_mae.recipes.mae import PRESETS, QUICKSTART
 from hf_mae.run import data_advice, precision_advice
 
@@ -409,3 +410,76 @@ def test_a_run_that_an_earlier_version_did_not_adapt_continues(few_images, tmp_p
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000002")
     main(["pretrain", "mae-vit-ti", *flags])
     assert "resuming at step 1 of 2" in capsys.readouterr().err
+
+
+@pytest.fixture
+def models(encoder, tmp_path):
+    """A pretraining folder with what reconstructions need, a classifier, a model of timm and an image."""
+    statistics = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5], "image_std": [0.5]}
+    (encoder / "preprocessor_config.json").write_text(json.dumps(statistics))
+    MAEForImageClassification.from_encoder(encoder, num_labels=3).save_pretrained(tmp_path / "classifier")
+    MAEModel.from_pretrained(encoder).save_pretrained(tmp_path / "tokens")
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "config.json").write_text('{"architecture": "resnet10t", "pretrained_cfg": {}}')
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(20, 15)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encoder"], "no image is named; name one or more image files: hf-mae reconstruct"),
+        (["encoder", "missing.png"], "missing.png is not a file; name image files"),
+        (["encoder", "timm"], "timm is not a file; name image files"),
+        (["encoder", "a.png", "--out", "no/such/folder.png"], "its folder does not exist"),
+        (["encoder", "a.png", "--out", "timm"], "out=timm is not the name of an image file"),
+        (["encoder", "a.png", "--out", "picture.xyz"], "out=picture.xyz is not the name of an image file"),
+        (["classifier", "a.png"], "model=classifier holds MAEForImageClassification, which cannot reconstruct; name a"),
+        (["tokens", "a.png"], "model=tokens holds MAEModel, which cannot reconstruct"),
+        (["timm", "a.png"], "model=timm holds a model of timm, which cannot reconstruct"),
+        (["nowhere", "a.png"], "model=nowhere does not exist; name a run folder"),
+        (["./nowhere", "a.png"], "model=./nowhere does not exist; name a run folder"),
+        (["a.png", "a.png"], "a.png cannot be used as it is"),
+    ],
+)
+def test_what_cannot_be_reconstructed_is_told_in_one_sentence(models, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(models)
+    assert run("reconstruct", *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("hf-mae: error: ")
+    assert message in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "has no preprocessor_config.json, so its mean and std are not known"),
+        ("{", "has a preprocessor_config.json that cannot be used"),
+        ('{"image_processor_type": "ViTImageProcessor", "image_mean": [0.5, 0.5, 0.5]}', "takes 1 channel(s)"),
+        (
+            '{"image_processor_type": "ViTImageProcessor", "image_mean": [0.5], "image_std": [0.0]}',
+            "one value per channel, image_std above 0",
+        ),
+    ],
+)
+def test_a_model_whose_mean_and_std_are_not_known_is_refused(models, text, message, capsys):
+    path = models / "encoder" / "preprocessor_config.json"
+    path.unlink() if text is None else path.write_text(text)
+    assert run("reconstruct", str(models / "encoder"), str(models / "a.png"), "--out", str(models / "r.png")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_official_file_is_reconstructed_with_the_authors_mean_and_std(tmp_path):
+    sizes = {"hidden_size": 192, "num_hidden_layers": 1, "num_attention_heads": 3, "decoder_num_hidden_layers": 1}
+    model = MAEForPreTraining(MAEConfig(image_size=16, patch_size=8, norm_pix_loss=True, **sizes))
+    arguments = argparse.Namespace(norm_pix_loss=True, mask_ratio=0.75)
+    torch.save({"model": model.state_dict(), "args": arguments}, tmp_path / "mae.pth")
+    Image.new("RGB", (20, 20), (250, 10, 99)).save(tmp_path / "a.png")
+    main(["reconstruct", str(tmp_path / "mae.pth"), str(tmp_path / "a.png"), "--out", str(tmp_path / "r.png")])
+    found, mean, std = load_pretrained(str(tmp_path / "mae.pth"), field="model")
+    assert (mean, std) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert found.config.norm_pix_loss
+    assert torch.equal(found.mask_token, model.mask_token)
+    with Image.open(tmp_path / "r.png") as picture:
+        assert picture.size[0] > 4 * 16

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -21,6 +22,7 @@ from hf_mae.data.images import ImageError, decode_image, eval_image
 from hf_mae.data.order import NOISE, uniforms
 from hf_mae.evaluation.reconstruction import reconstruct
 from hf_mae.models.configuration_mae import height_width
+from hf_mae.models.convert import check_files, check_finite, list_names
 from hf_mae.models.masking import MaskStrategy, check_masking, count_kept, mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
 from hf_mae.pretrain import load_pretrained
@@ -165,8 +167,15 @@ def load_classifier(name: str) -> Classifier:
 
 def _load_stock(folder: Path | str, name: str) -> Classifier:
     try:
-        model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        if isinstance(folder, Path):
+            check_files(folder)
+        model, info = AutoModelForImageClassification.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"it lacks the weights {list_names(missing)}")
+        check_finite(model.state_dict().items(), name)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
             f"classify={name} cannot be loaded as an image classifier: {reason}; name a classifier of hf_mae, of stock "
@@ -229,7 +238,7 @@ def shown_name(name: str) -> str:
 def _processor(folder: Path | str, what: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    except OSError as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{what} has no preprocessor_config.json, so its mean and std are not known") from error
 
 

@@ -325,8 +325,9 @@ def _filled(source: TimmSource, spec: TimmSpec) -> nn.Module:
     try:
         return _build(spec, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
+        why = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
-            f"the weights of {source.name} do not fit timm's {spec.architecture}: {' '.join(str(error).split())}"
+            f"the weights of {source.name} do not fit timm's {spec.architecture}: {why}; copy or download them again"
         ) from error
 
 

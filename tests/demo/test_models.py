@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, ViTConfig, ViTForImageClassification, pipeline
 
 from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
@@ -239,3 +240,36 @@ def test_a_run_is_called_by_its_recipe(tmp_path):
     for text, name in (('{"name": "mae-vit-t-birds"}', "mae-vit-t-birds"), ("{}", "train"), ("no JSON", "train")):
         recipe.write_text(text)
         assert shown_name(str(tmp_path / "train")) == name
+
+
+def _drop_a_weight(path: Path) -> None:
+    weights = load_file(path)
+    del weights["vit.encoder.layer.0.output.dense.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _spoil_a_weight(path: Path) -> None:
+    weights = load_file(path)
+    weights["classifier.bias"] = torch.full_like(weights["classifier.bias"], torch.nan)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged"),
+        (lambda path: path.unlink(), "has no model.safetensors"),
+        (_drop_a_weight, "lacks the weights"),
+        (_spoil_a_weight, "classifier.bias .* is not finite"),
+    ],
+)
+def test_stock_classifiers_with_broken_weights_are_refused(tmp_path, harm, said):
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    _write_processor(tmp_path / "vit")
+    assert load_classifier(str(tmp_path / "vit")).channels == 3
+    harm(tmp_path / "vit" / "model.safetensors")
+    with pytest.raises(ValueError, match=f"(?s)classify=.*{said}.*name a classifier"):
+        load_classifier(str(tmp_path / "vit"))

@@ -103,13 +103,17 @@ def model_folder(name: str, *, field: str) -> Path | str:
         if config != before:  # a model that was opened before opens without the Hub
             _cache_processor(found)
     except (OSError, HTTP_ERROR, GaveUpError, HFValidationError) as error:
-        said = str(error).strip() if isinstance(error, (OSError, HFValidationError)) else ""
-        why = said.splitlines()[0].rstrip(".") if said else one_line(error)
-        raise ModelFileError(
-            f"{field}={name} is no path on this machine and cannot be opened as a Hub id ({why}); check the spelling "
-            "and the network, and log in with `hf auth login` if it is private"
-        ) from error
+        raise _closed(f"{field}={name}", error) from error
     return found
+
+
+def _closed(said: str, error: Exception) -> ModelFileError:
+    text = str(error).strip() if isinstance(error, (OSError, HFValidationError)) else ""
+    why = text.splitlines()[0].rstrip(".") if text else one_line(error)
+    return ModelFileError(
+        f"{said} is no path on this machine and cannot be opened as a Hub id ({why}); check the spelling and the "
+        "network, and log in with `hf auth login` if it is private"
+    )
 
 
 def _cache_processor(name: str) -> None:
@@ -129,18 +133,17 @@ def fetch(name: str, *, subfolder: str = "", variant: str | None = None, **hub: 
         hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
     Raises:
-        OSError: there is no such repository or revision, or it has no config.json.
-        ValueError: the index of the weights cannot be used.
+        ValueError: there is no such repository or revision, it has no config.json, or its index cannot be used; also an
+            OSError.
         RuntimeError: the Hub did not answer in several tries.
     """
 
     def get(file: str, *, optional: bool = False) -> Path | None:
-        found = patient(
-            f"loading {file} of {name} from the Hub",
-            lambda: cached_file(
-                name, file, subfolder=subfolder, _raise_exceptions_for_missing_entries=not optional, **hub
-            ),
-        )
+        options = {"subfolder": subfolder, "_raise_exceptions_for_missing_entries": not optional, **hub}
+        try:
+            found = patient(f"loading {file} of {name} from the Hub", lambda: cached_file(name, file, **options))
+        except (OSError, HTTP_ERROR, HFValidationError) as error:
+            raise _closed(name, error) from error
         return None if found is None else Path(found)
 
     config = get("config.json")

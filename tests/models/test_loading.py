@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.utils.hub import cached_file
 
+from hf_mae import resolve
 from hf_mae.cli import main
 from hf_mae.exporting.stock import as_vit_mae
 from hf_mae.models.configuration_mae import MAEConfig
@@ -353,6 +355,48 @@ def test_a_run_without_a_checkpoint_and_parts_of_folders_are_told(run, golden_mo
 
 def test_names_of_the_hub_are_not_looked_up():
     assert locate("org/mae") == locate("hf-hub:org/mae") == "org/mae"
+
+
+def in_the_cache(folder: Path, cache: Path) -> dict[str, object]:
+    """Lay a folder into the Hub's cache as org/mae, files as links to blobs, and return how to read it there."""
+    commit, repository = "c" * 40, cache / "models--org--mae"
+    snapshot = repository / "snapshots" / commit
+    for path in (repository / "refs", repository / "blobs", snapshot):
+        path.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for path in folder.iterdir():
+        shutil.copy(path, repository / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
+    return {"cache_dir": cache, "local_files_only": True}
+
+
+def test_repositories_of_several_files_are_read_and_say_where_they_are_from(folder, official_weights, tmp_path):
+    split(folder)
+    hub = in_the_cache(folder, tmp_path / "hub")
+    model = MAEForPreTraining.from_pretrained("org/mae", **hub)
+    assert model.config.name_or_path == "org/mae"
+    assert all(torch.equal(tensor, official_weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_index_of_a_repository_may_not_leave_it(folder, layout, tmp_path, monkeypatch):
+    split(folder, lambda index, weights: index.update({FC1[layout]: "../../../../other/model.safetensors"}))
+    hub = in_the_cache(folder, tmp_path / "hub")
+    asked = []
+    monkeypatch.setattr(
+        resolve, "cached_file", lambda name, file, **more: asked.append(file) or cached_file(name, file, **more)
+    )
+    with pytest.raises(ValueError, match="only safetensors files beside the index are read"):
+        MAEForPreTraining.from_pretrained("org/mae", **hub)
+    assert not any("other" in file for file in asked)
+
+
+def test_a_repository_with_pickled_weights_only_is_refused(folder, tmp_path):
+    to_pickle(folder)
+    hub = in_the_cache(folder, tmp_path / "hub")
+    with pytest.raises(ValueError, match=r"has no model\.safetensors but pytorch_model\.bin"):
+        MAEModel.from_pretrained("org/mae", **hub)
+    with pytest.raises(OSError, match="org/none"):
+        MAEModel.from_pretrained("org/none", **hub)
 
 
 # Official files

@@ -2,7 +2,7 @@
 
 The rows are cut into one contiguous block for each rank, so that a chunk is read by one rank (by two at a cut) and once
 in a pass. All ranks yield the same number of batches, the last of them smaller or empty: a sharded model needs every
-rank at every forward pass, and no row is repeated to fill up.
+rank at every forward pass, and no row is repeated to fill up. All models take an empty batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How well does a classifier do? Exact counts over a whole split, whatever the batches and ranks.
 
 Every counter is an integer, also those of the loss and of the confidences (fixed point): integer sums do not depend on
-the order of their terms, so that 1 process and 8 report the same number to the last bit. Logits are not kept.
+the order of their terms, so that 1 process and 8 report the same number to the last bit, of the same logits: these may
+be rounded otherwise in a batch of another size. Logits are not kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two gloo processes with unequal shares evaluate exactly as one does."""
+"""Two or three gloo processes with unequal shares evaluate exactly as one does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ SCRIPT = Path(__file__).parent / "ranks.py"
 
 
 @pytest.mark.multiprocess
-def test_two_ranks_report_the_numbers_of_one_to_the_last_bit(tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path)]
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_report_the_numbers_of_one_to_the_last_bit(tmp_path, world):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), str(SCRIPT)]
+    command.append(str(tmp_path))
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
@@ -35,5 +37,5 @@ def test_two_ranks_report_the_numbers_of_one_to_the_last_bit(tmp_path):
     one = script.evaluate(Accelerator(cpu=True))
     assert one["results"]["examples"] == 13
     assert one["numbers"]["real_examples"] == 10
-    for rank in range(2):
+    for rank in range(world):
         assert json.loads((tmp_path / f"rank_{rank}.json").read_text()) == one

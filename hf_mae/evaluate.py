@@ -40,6 +40,7 @@ from hf_mae.recipes.fields import choose
 from hf_mae.resolve import model_folder, read_config
 from hf_mae.run import load_statistics, progress
 from hf_mae.training.checkpoint import write_atomic
+from hf_mae.training.console import one_writer
 from hf_mae.training.distributed import agree, describe_world, gather_objects, make_accelerator
 from hf_mae.training.monitors import Printer
 from hf_mae.training.tasks import Classification, TimmClassification
@@ -48,6 +49,7 @@ CSV_COLUMNS = ("model", "top1", "top1_err", "top5", "top5_err", "param_count", "
 """Columns of timm's files of results."""
 
 
+@one_writer()
 def evaluate(recipe: Evaluation) -> dict[str, Any]:
     """Evaluate a classifier. A collective: every process calls it.
 

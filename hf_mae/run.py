@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from tqdm import tqdm
 from transformers import AutoImageProcessor
 
 from hf_mae.data.loader import Loader, check_state, loader_state, steps_per_epoch
@@ -31,6 +30,7 @@ from hf_mae.patience import one_line
 from hf_mae.recipes.base import Recipe, to_dict
 from hf_mae.recipes.checks import choose_micro_batch
 from hf_mae.recipes.defaults import Chosen, fit_batch, fit_intervals, is_default, overfills, warn_of_few_updates
+from hf_mae.recipes.mae import PRESETS
 from hf_mae.resolve import model_folder as model_folder
 from hf_mae.training.best import bring_best
 from hf_mae.training.checkpoint import (
@@ -41,10 +41,11 @@ from hf_mae.training.checkpoint import (
     read_recipe,
     save_checkpoint,
 )
+from hf_mae.training.console import Bar, can_draw_bars, one_writer
 from hf_mae.training.distributed import describe_world, gather_objects, make_accelerator, prepare
 from hf_mae.training.loop import Evaluator, fit
 from hf_mae.training.memory import keep_freed_memory, largest_micro_batch
-from hf_mae.training.monitors import Clock, Monitor, Printer, Window, can_draw_bars, read_rows
+from hf_mae.training.monitors import Clock, Monitor, Printer, Window, check_tracker, read_rows
 from hf_mae.training.optim import MovingAverage
 from hf_mae.training.run_folder import (
     find_start,
@@ -159,6 +160,7 @@ def run(training: Training[Any], chosen: Chosen = None) -> Path:
         RuntimeError: the run met something it cannot go on with; the message names the last good checkpoint.
     """
     recipe = training.recipe
+    check_tracker(recipe.engine.track)
     accelerator = make_accelerator(recipe.engine)
     say = Printer(accelerator.is_main_process)
     choose_micro_batch(recipe, accelerator.num_processes)  # refuses what does not divide
@@ -167,7 +169,7 @@ def run(training: Training[Any], chosen: Chosen = None) -> Path:
     say(f"hf_mae: {recipe.name}, {describe_world(accelerator)}")
     if advice := precision_advice(recipe, accelerator.device.type):
         say(advice)
-    with open_run_folder(recipe, accelerator) as out:
+    with one_writer(draws=accelerator.is_main_process), open_run_folder(recipe, accelerator) as out:
         _run(training, chosen, out, accelerator, say)
         accelerator.wait_for_everyone()  # the process group stays: a sweep or a script may start another run
     return out
@@ -284,8 +286,9 @@ def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accele
             judge_from=max(100, math.ceil(2 * plan.warmup_steps)),
             track=recipe.engine.track,
             is_main=accelerator.is_main_process,
-            name=recipe.name,
+            name=out.resolve().name,
             baseline=training.baseline,
+            shorter=_shorter(recipe, accelerator),
             owes_evaluation=state.owes_evaluation,
         ) as monitor,
         _batches(training, source, order, state.step, plan, length, accelerator) as batches,
@@ -369,6 +372,17 @@ def _batches(
     )
 
 
+def _shorter(recipe: Recipe, accelerator: Accelerator) -> str:
+    """Return what makes a run of many hours shorter, to be typed."""
+    ways = ["fewer --epochs" if recipe.max_steps is None else "fewer --max-steps", "a smaller model"]
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
+        ways.insert(0, "--engine.precision bf16")
+    if accelerator.device.type == "cpu":
+        ways.append("a GPU")
+    plan = f" (`hf-mae plan {recipe.name}` estimates the hours of other machines)"
+    return f"{', '.join(ways)}{plan if recipe.name in PRESETS else ''}"
+
+
 def _trained(trainable: int, parameters: int) -> str:
     return "" if trainable == parameters else f" ({trainable / 1e6:.3g} M of them trained)"
 
@@ -419,7 +433,8 @@ def load_statistics(folder: Path | str, channels: int, *, what: str) -> tuple[li
 
 def progress(batches: Any, accelerator: Accelerator) -> Any:
     """Return the batches with a progress bar on the main process, where one can be drawn."""
-    return tqdm(batches, unit="batch", leave=False, disable=not accelerator.is_main_process or not can_draw_bars())
+    hidden = not accelerator.is_main_process or not can_draw_bars()
+    return Bar(batches, desc="evaluating", unit="batch", leave=False, dynamic_ncols=True, disable=hidden)
 
 
 def last_model(out: Path) -> Path | None:

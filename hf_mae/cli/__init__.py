@@ -40,6 +40,7 @@ from hf_mae.cli.training import (
     probe_command,
     supervise_command,
 )
+from hf_mae.training.console import one_writer
 
 __all__ = ["list_presets", "main", "parse_plan", "parse_recipe", "parse_sweep"]
 
@@ -111,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if command not in commands:
             raise ValueError(f"command {command!r} is unknown; {nearest(command, commands)}")
-        commands[command](arguments)
+        with one_writer(draws=os.environ.get("RANK", "0") == "0"):
+            commands[command](arguments)
         _end_processes()
     except KeyboardInterrupt:
         sys.stderr.write("hf-mae: interrupted before training began; nothing was changed\n")

@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_mae.recipes.fields import unknown
+from hf_mae.training.console import Bar, can_draw_bars
 from hf_mae.training.distributed import reduce_sum
 
 TIMES = frozenset(
@@ -92,6 +92,7 @@ class Monitor:
         is_main: other processes get a silent monitor.
         name: the run's name for the tracker.
         baseline: what a loss must fall below to have learned anything, in words.
+        shorter: what makes a run of many hours shorter, in words.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class Monitor:
         is_main: bool,
         name: str,
         baseline: str = "the mean-patch baseline",
+        shorter: str = "fewer --epochs",
         owes_evaluation: bool = False,
     ):
-        self.baseline = baseline
+        self.baseline, self.shorter = baseline, shorter
         self.is_main, self.folder, self.total_steps, self.judge_from = is_main, folder, total_steps, judge_from
         self.trivial_loss: float | None = None
         self.tracker: Any = None
@@ -123,15 +125,17 @@ class Monitor:
         cut_rows(folder / "bad_samples.jsonl", lambda row: row["batch"] < step)
         self.last = next((row for row in reversed(read_rows(folder / "metrics.jsonl")) if "loss" in row), {})
         self.file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self.bar = tqdm(
+        self.tracker = open_tracker(track, folder, name, step, self.say)
+        self.bar = Bar(
             total=total_steps,
             initial=max(step, 0),
             unit="step",
             dynamic_ncols=True,
             mininterval=1.0,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             disable=not can_draw_bars(),
         )
-        self.tracker = open_tracker(track, folder, name, step)
+        self.pace = Pace(total_steps - max(step, 0))
 
     def __enter__(self) -> Monitor:
         return self
@@ -143,11 +147,12 @@ class Monitor:
         """Count one update on the progress bar."""
         if self.is_main:
             self.bar.update()
+            if (text := self.pace.tick()) is not None:
+                self.say(f"{text}: try {self.shorter}")
 
     def say(self, text: str) -> None:
-        """Print a line without tearing the bar."""
-        if self.is_main:
-            tqdm.write(text, file=sys.stderr)
+        """Print a line."""
+        Printer(self.is_main)(text)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl and pass its numbers on to the tracker."""
@@ -164,13 +169,20 @@ class Monitor:
         self.last = row
         if not self.is_main:
             return
-        self.bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['images_per_second']:.0f} images/s, "
+        self.bar.parts = (
+            f"loss {row['loss']:.4f}",
+            f"lr {row['lr']:.2e}",
+            f"{row['images_per_second']:.0f} images/s",
             f"{row['waiting_share']:.0%} waiting for data",
-            refresh=False,
         )
         if self.bar.disable:
-            self.say(f"step {row['step']}/{self.total_steps}: {self.bar.postfix}")
+            left = (
+                (self.total_steps - row["step"])
+                * row["examples_seen"]
+                / row["step"]
+                / max(row["images_per_second"], 0.01)
+            )
+            self.say(f"step {row['step']}/{self.total_steps}: {', '.join(self.bar.parts)}, {duration(left)} left")
         if not self.warned and row["step"] >= self.judge_from and (text := self.verdict()).startswith("not"):
             self.warned = True
             self.say(text)
@@ -223,11 +235,6 @@ class Monitor:
                 self.tracker(None, None)
 
 
-def can_draw_bars() -> bool:
-    """Return whether standard error is a terminal with a width; plain lines are printed elsewhere."""
-    return sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 0
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read a .jsonl file, empty if there is none; a line torn by a kill is left out."""
     rows: list[dict[str, Any]] = []
@@ -245,42 +252,66 @@ def cut_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         os.replace(temporary, path)
 
 
-def open_tracker(track: str, folder: Path, name: str, step: int) -> Any:
-    """Return a function (numbers, step) that feeds a tracker, closed by (None, None); None for `none`.
+def check_tracker(track: str) -> None:
+    """Import a tracker, before anything slow is begun for it.
 
     Raises:
         ValueError: the tracker is unknown, or not installed.
     """
-    if track == "none":
-        return None
-    if track not in ("tensorboard", "trackio"):
+    if track not in ("none", "tensorboard", "trackio"):
         raise unknown("engine.track", track, ("none", "tensorboard", "trackio"))
     try:
         if track == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(folder / "events", purge_step=step + 1 if step else None)
-
-            def to_tensorboard(numbers: Mapping[str, float] | None, at: int | None) -> None:
-                if numbers is None:
-                    writer.close()
-                    return
-                for key, value in numbers.items():
-                    if key != "step":
-                        writer.add_scalar(key, value, at)
-
-            return to_tensorboard
-        os.environ.setdefault("TRACKIO_DIR", str((folder / "events").resolve()))  # read at import
-        import trackio
+            import torch.utils.tensorboard  # noqa: F401
+        elif track == "trackio":
+            import trackio  # noqa: F401
     except ImportError as error:
         raise ValueError(
             f"engine.track={track} is not installed ({error}); run: pip install 'hf_mae[track]'"
         ) from error
-    trackio.init(project="hf_mae", name=name, resume="allow")
+
+
+def open_tracker(track: str, folder: Path, name: str, step: int, say: Callable[[str], None]) -> Any:
+    """Return a function (numbers, step) that feeds a tracker, closed by (None, None); None for `none`.
+
+    TensorBoard's files lie in the run folder. Trackio keeps all runs in its own folder, where `trackio show` finds them
+    and compares them (TRACKIO_DIR moves it); the run folder says under which name. `say` is told how to look.
+
+    Raises:
+        ValueError: the tracker is unknown, or not installed.
+    """
+    check_tracker(track)
+    if track == "none":
+        return None
+    if track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder / "events", purge_step=step + 1 if step else None)
+        say(f"metrics: tensorboard --logdir {shlex.quote(str(folder.parent))}")
+
+        def to_tensorboard(numbers: Mapping[str, float] | None, at: int | None) -> None:
+            if numbers is None:
+                writer.close()
+                return
+            for key, value in numbers.items():
+                if key != "step":
+                    writer.add_scalar(key, value, at)
+
+        return to_tensorboard
+    import trackio
+
+    note = folder / "events" / "trackio_run"
+    if step < 0 or not note.exists():  # another run of the same name stays another line in every chart
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}\n")
+    with redirect_stdout(sys.stderr):  # what it says belongs to the log of the run
+        trackio.init(project="hf_mae", name=note.read_text().strip(), resume="allow")
+    say(f"metrics: trackio show --project hf_mae, where this run is {note.read_text().strip()}")
 
     def to_trackio(numbers: Mapping[str, float] | None, at: int | None) -> None:
         if numbers is None:
-            trackio.finish()
+            with redirect_stdout(sys.stderr):
+                trackio.finish()
         else:
             trackio.log({k: v for k, v in numbers.items() if k != "step"}, step=at)
 
@@ -288,7 +319,7 @@ def open_tracker(track: str, folder: Path, name: str, step: int) -> Any:
 
 
 class Printer:
-    """Prints a line on the main process, to standard error, where the progress bar is."""
+    """Prints a line on the main process, to standard error, where the progress bar is (see `one_writer`)."""
 
     def __init__(self, is_main: bool):
         self.is_main = is_main
@@ -298,6 +329,49 @@ class Printer:
         if self.is_main:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
+
+
+class Pace:
+    """Tells once, after the first updates, how long a run will take, if that is long.
+
+    Args:
+        updates: that are left.
+    """
+
+    LONG = 3600.0
+    """Seconds from which on a run is said to take long."""
+
+    def __init__(self, updates: int):
+        self.updates, self.done, self.start = updates, 0, 0.0
+
+    def tick(self) -> str | None:
+        """Count one update; return how long the others will take, where it is known by now, and long."""
+        self.done += 1
+        if self.start < 0:
+            return None
+        if self.done == 1:  # the first update compiles, allocates and fills buffers
+            self.start = time.perf_counter()
+            return None
+        if self.done <= 20 and time.perf_counter() - self.start < 30:
+            return None
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # once: updates are only queued when they are counted
+        each = (time.perf_counter() - self.start) / (self.done - 1)
+        self.start = -1.0
+        left = self.updates - self.done
+        if left * each < self.LONG:
+            return None
+        return f"about {duration(left * each)} at this pace ({left:,} updates of {each:.2g} s)"
+
+
+def duration(seconds: float) -> str:
+    """Return a rough length of time: `40 s`, `12 min`, `3.4 h`, `82 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
 
 
 class Clock:

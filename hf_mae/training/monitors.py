@@ -271,7 +271,7 @@ def check_tracker(track: str) -> None:
         ) from error
 
 
-def open_tracker(track: str, folder: Path, name: str, step: int, say: Callable[[str], None]) -> Any:
+def open_tracker(track: str, folder: Path, name: str, step: int, say: Callable[[str], None] = lambda text: None) -> Any:
     """Return a function (numbers, step) that feeds a tracker, closed by (None, None); None for `none`.
 
     TensorBoard's files lie in the run folder. Trackio keeps all runs in its own folder, where `trackio show` finds them

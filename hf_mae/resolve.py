@@ -47,12 +47,16 @@ def locate(name: str | os.PathLike[str], *, subfolder: str = "", field: str | No
         ValueError: a path that does not exist or holds no model; also an OSError.
     """
     said = f"{field}={name}" if field else str(name)
-    path = Path(name).expanduser()
-    if path.is_file():
+    try:
+        path = Path(name).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
+        raise ModelFileError(f"{said} is neither a path nor a Hub id ({error}); check the spelling") from error
+    if is_file:
         if path.suffix in ONE_OF_SEVERAL:
             raise ModelFileError(f"{said} is a file; pass its folder, or call from_official for an official .pth file")
         return path
-    if path.is_dir():
+    if is_folder:
         return _in_folder(path / subfolder, said)
     text = str(name)
     hub_id = text.removeprefix("hf-hub:").removeprefix("hf_hub:")

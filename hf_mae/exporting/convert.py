@@ -35,7 +35,7 @@ from hf_mae.models.pos_embed import sincos_pos_embed
 from hf_mae.models.timm_spec import timm_library
 from hf_mae.patience import explain, patient
 from hf_mae.recipes.base import IMAGENET_MEAN
-from hf_mae.resolve import read_config, read_json
+from hf_mae.resolve import locate, read_config, read_json
 
 RECORD = "conversion.json"
 KINDS: Mapping[str, type[MAEPreTrainedModel]] = {
@@ -146,7 +146,7 @@ def convert(
 def _read(source: str, overrides: dict[str, Any], say: Callable[[str], None]) -> _Foreign:
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path, overrides, say)
+        return _read_file(cast(Path, locate(path, field="source")), overrides, say)
     folder, name, revision = (path, path.resolve().name, None) if path.is_dir() else _download(source)
     values = read_config(folder) if (folder / "config.json").is_file() else {}
     if values.get("model_type") == "vit_mae":

@@ -24,7 +24,7 @@ from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTraine
 from hf_mae.models.timm_models import load
 from hf_mae.models.timm_spec import TimmSpec
 from hf_mae.recipes.fields import unknown
-from hf_mae.resolve import model_folder, read_config, read_json
+from hf_mae.resolve import locate, model_folder, read_config, read_json
 from hf_mae.training.origins import run_of
 
 Target = Literal["auto", "vit_mae", "vit", "beit", "timm", "onnx", "hf_mae"]
@@ -189,7 +189,7 @@ def _of_name(name: str, weights: Weights, processor: Mapping[str, Any] | None, s
     if run is None and weights != "last":
         raise ValueError(f"weights={weights!r} is for run folders, and {name} is none; leave it out")
     if path.is_file():
-        return _of_official(path, processor, say)
+        return _of_official(cast(Path, locate(path, field="model")), processor, say)
     if name.startswith(("hf-hub:", "hf_hub:")) or ("/" not in name and not path.exists()):
         return _of_timm(name, Origin(name.partition(":")[2] or name), None, processor)
     folder: Path | str = _weights_folder(path, weights) if run is not None else model_folder(name, field="model")

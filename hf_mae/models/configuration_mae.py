@@ -188,7 +188,7 @@ class MAEConfig(PreTrainedConfig):
             is_timm = {"architecture", "pretrained_cfg"} <= values.keys()
             raise ValueError(
                 f"{shown} has model_type={model_type!r}, which is not a masked autoencoder; use a model of type "
-                f"'hf_mae' or 'vit_mae'{', or `hf-mae convert` for this ViT of timm' * is_timm}."
+                f"'hf_mae' or 'vit_mae'{', or for a plain ViT of timm `hf-mae convert`' * is_timm}."
             )
         if missing := [field for field in REQUIRED if field not in values]:
             raise ValueError(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.recipes.base import VIT_SIZES
-from hf_mae.resolve import index_of, read_index, weight_files
+from hf_mae.resolve import ModelFileError, index_of, read_index, weight_files
 
 # Module paths of transformers 4.x, of 5.x, and of what 5.23 saves for the decoder ("decoder_encoder"), to ours.
 RENAMES = [
@@ -124,6 +124,8 @@ def load_official_checkpoint(path: str | os.PathLike[str]) -> OfficialCheckpoint
         ValueError: the file holds objects other than tensors, plain data and `argparse.Namespace`, or no weights, or it
             is damaged or of another format.
     """
+    if not os.path.isfile(path):
+        raise ModelFileError(f"{path} is not a file; name a .pth file of the official code.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)

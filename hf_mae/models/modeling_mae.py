@@ -326,7 +326,8 @@ class MAEPreTrainedModel(PreTrainedModel):
             model_args: passed on.
             output_loading_info: return the report of `transformers` as well.
             kwargs: as for `PreTrainedModel.from_pretrained`; of an official file also what its weights do not show,
-                see `from_official`. With `ignore_mismatched_sizes=True` a head of other classes is new.
+                see `from_official`. With `ignore_mismatched_sizes=True` a head of other classes is new, and
+                sine-cosine positions are computed for another image size; nothing else may differ.
 
         Raises:
             ValueError: weights are missing, unexpected (the decoder may be left unread by an encoder), of another
@@ -339,7 +340,7 @@ class MAEPreTrainedModel(PreTrainedModel):
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors=False would read pickled weights; leave it out, or use from_official.")
         if name is None or "state_dict" in kwargs:
-            return cls._build(None, name or "the state_dict", *model_args, info=output_loading_info, **kwargs)
+            return cls._build(None, name or "", *model_args, info=output_loading_info, **kwargs)
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         subfolder, variant = kwargs.pop("subfolder", ""), kwargs.get("variant")
         found = locate(name, subfolder=subfolder)
@@ -377,11 +378,11 @@ class MAEPreTrainedModel(PreTrainedModel):
                     folder, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
                 ),
             )
-            model._check_shapes(found, source, may_be_new=may_be_new)
-            model._check_loading(found, source)
-            check_finite(model.state_dict().items(), source)
-        if source != "the state_dict":
-            model.name_or_path = model.config.name_or_path = str(source)
+            said = source or "the state_dict"
+            model._check_shapes(found, said, may_be_new=may_be_new)
+            model._check_loading(found, said)
+            check_finite(model.state_dict().items(), said)
+        model.name_or_path = model.config.name_or_path = str(source)
         return (model, found) if info else model
 
     @classmethod
@@ -402,8 +403,9 @@ class MAEPreTrainedModel(PreTrainedModel):
 
     def _check_shapes(self, info: dict[str, Any], source: str | os.PathLike[str], *, may_be_new: bool) -> None:
         wrong = {name: (saved, own) for name, saved, own in info["mismatched_keys"]}
-        if may_be_new:  # transformers says so
-            wrong = {name: shapes for name, shapes in wrong.items() if not name.startswith("head.")}
+        if may_be_new:  # transformers says so; a fixed table is computed for its new grid
+            fixed = ("pos_embed", "decoder_pos_embed") if self.config.pos_embed == "sincos" else ()
+            wrong = {name: wrong[name] for name in wrong if not name.startswith("head.") and name not in fixed}
         if wrong:
             raise ValueError(wrong_shapes(source, wrong))
 

@@ -18,7 +18,7 @@ from hf_mae import resolve
 from hf_mae.cli import main
 from hf_mae.exporting.stock import as_vit_mae
 from hf_mae.models.configuration_mae import MAEConfig
-from hf_mae.models.convert import check_finite, load_official_checkpoint
+from hf_mae.models.convert import check_finite, convert_state_dict, load_official_checkpoint
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel
 from hf_mae.resolve import locate, sha256
@@ -247,6 +247,14 @@ def test_a_head_of_other_classes_is_new_where_that_is_asked_for_and_is_said(
     assert torch.equal(model.fc_norm.weight, golden_classifier().fc_norm.weight)
 
 
+def test_fixed_positions_are_computed_for_another_size_where_that_is_asked_for(golden_model, tiny, tmp_path):
+    golden_model().save_pretrained(tmp_path)
+    model = MAEForPreTraining.from_pretrained(tmp_path, image_size=64, ignore_mismatched_sizes=True)
+    expected = MAEForPreTraining(tiny(image_size=64))
+    assert torch.equal(model.pos_embed, expected.pos_embed)
+    assert torch.equal(model.decoder_pos_embed, expected.decoder_pos_embed)
+
+
 # Finite
 
 
@@ -332,6 +340,8 @@ def test_official_files_load_by_their_name(official_weights, golden, tmp_path):
         ("./nothing", "does not exist"),
         ("~/no-such-folder-of-models", "does not exist"),
         ("runs/nothing", "does not exist"),
+        ("~no-such-user/model", "neither a path nor a Hub id|does not exist"),
+        ("x" * 5000, "neither a path nor a Hub id"),
     ],
 )
 def test_names_of_nothing_are_told(name, message, monkeypatch, tmp_path):
@@ -430,6 +440,21 @@ def test_official_files_that_cannot_be_used_are_told_and_run_nothing(write, mess
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "mae.pth")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_official_files_that_do_not_exist_are_told(tmp_path):
+    for name in (tmp_path, tmp_path / "none.pth"):
+        with pytest.raises(OSError, match=r"is not a file; name a \.pth file"):
+            MAEForPreTraining.from_official(name)
+
+
+def test_weights_under_two_names_and_unequal_parts_of_attention_are_refused(official_weights):
+    with pytest.raises(ValueError, match=r"two weights are norm\.bias, one .* vit\.layernorm\.bias"):
+        convert_state_dict(official_weights | {"vit.layernorm.bias": torch.zeros(48)})
+    query, key, value = (f"vit.layers.0.attention.{part}_proj.weight" for part in "qkv")
+    parts = {query: torch.zeros(4, 4), key: torch.zeros(4, 4), value: torch.zeros(4)}
+    with pytest.raises(ValueError, match=r"attn\.value\.weight is 4; queries, keys and values need one shape"):
+        convert_state_dict(parts)
 
 
 def test_official_files_with_nan_are_refused(official_weights, tmp_path):

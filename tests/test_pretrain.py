@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +23,7 @@ from hf_mae.pretrain import MaskNoise, load_pretrained, pretrain
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Data, Engine, Evals
 from hf_mae.recipes.mae import PRESETS, QUICKSTART
 from hf_mae.run import data_advice, precision_advice
+from hf_mae.training.tasks import Pretraining
 
 CLOCK = {"images_per_second", "seconds_waiting_for_data", "waiting_share"}
 
@@ -348,6 +351,92 @@ def test_a_run_that_waits_for_data_says_what_helps(recipe):
     assert "--data.decoder fast" in advice
     assert "--data.decoder" not in data_advice(replace(recipe, data=Data(decoder="fast")), waiting)
     assert data_advice(recipe, [{"waiting_share": 0.05}]) is None
+
+
+# ------------------------------------------------------------------------------------------------ failed starts
+
+
+@pytest.mark.parametrize("where", ["data", "build", "first update", "interrupted"])
+def test_a_start_that_fails_leaves_no_folder(recipe, tmp_path, monkeypatch, where):
+    recipe = replace(recipe, out=str(tmp_path / "runs" / "new" / "run"))
+
+    def fail(*arguments, **options):
+        raise KeyboardInterrupt if where == "interrupted" else RuntimeError("out of memory")
+
+    if where == "data":
+        recipe = replace(recipe, data=Data(path=str(tmp_path / "nothing")))
+    elif where == "first update":
+        monkeypatch.setattr("hf_mae.training.tasks.Pretraining.forward", fail)
+    else:
+        monkeypatch.setattr("hf_mae.pretrain.MaskedPretraining.build", fail)
+    with pytest.raises((ValueError, RuntimeError, KeyboardInterrupt)):
+        pretrain(recipe)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_fails_leaves_what_was_there(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    wrong = replace(recipe, data=Data(path=str(tmp_path / "nothing")))
+    with pytest.raises(ValueError, match="no such folder"):
+        pretrain(wrong)
+    assert (out / "notes.txt").read_text() == "mine"
+    shutil.rmtree(out)
+    pretrain(recipe)
+    before = clockless(out)
+    with pytest.raises(ValueError, match="no such folder"):
+        pretrain(wrong)
+    assert clockless(out) == before
+    assert (out / "checkpoints" / "step_00000012").is_dir()
+
+
+def test_a_run_that_trained_keeps_its_folder_when_it_fails(recipe, monkeypatch):
+    real = Pretraining.forward
+    calls = []
+
+    def diverge(self, batch):
+        calls.append(1)
+        losses = real(self, batch)
+        return losses | {"loss": losses["loss"] * float("nan")} if len(calls) > 3 else losses
+
+    monkeypatch.setattr(Pretraining, "forward", diverge)
+    with pytest.raises(FloatingPointError):
+        pretrain(recipe)
+    assert "environment.json" in os.listdir(recipe.out)
+
+
+def test_a_tracker_that_is_missing_is_said_before_anything_is_opened(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.setattr("hf_mae.run.open_source", lambda *a, **k: pytest.fail("the data was opened"))
+    with pytest.raises(ValueError, match=r"engine.track=trackio is not installed .*hf_mae\[track\]"):
+        pretrain(replace(recipe, engine=replace(recipe.engine, track="trackio")))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_runs_lie_in_one_project_of_trackio_and_are_told_apart(recipe, tmp_path):
+    """In processes of their own, as Trackio reads where to write when it is imported."""
+    pytest.importorskip("trackio", reason="the extra [track] is not installed")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRACKIO_DIR", None)
+    command = [sys.executable, "-m", "hf_mae.cli", "pretrain", "--max-steps", "2", "--engine.track", "trackio"]
+    flags = ["--evals.no-knn", "--evals.no-rankme", "--evals.no-probe", "--evals.pictures", "0", "--num-workers", "0"]
+    for folder in ("a", "b"):
+        out = tmp_path / folder / "my run"
+        done = subprocess.run(
+            [*command, *flags, "--out", str(out)], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert "trackio show --project hf_mae" in done.stderr
+        assert "\x1b" not in done.stderr + done.stdout
+    script = "import sys, trackio; print('\\n'.join(sorted(r.name for r in trackio.Api().runs('hf_mae'))))"
+    listed = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=True
+    ).stdout.split("\n")
+    names = {(tmp_path / folder / "my run/events/trackio_run").read_text().strip() for folder in ("a", "b")}
+    assert len(names) == 2
+    assert names <= set(listed)
 
 
 # ------------------------------------------------------------------------------------------------ defaults that adapt

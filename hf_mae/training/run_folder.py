@@ -10,9 +10,10 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,28 @@ PACKAGES = (
 BITWISE = ("processes", "micro_batch", "device", "cpu_threads")
 """What the last bits of a sum depend on besides the recipe, as recorded in environment.json."""
 
+_OF_A_START = frozenset(
+    {"checkpoints", ".lock", "recipe.json", "environment.json", "metrics.jsonl", "events", "pictures"}
+)
+"""What lies in a run folder before the first update. Not bad_samples.jsonl: it says why a run could not start."""
+
 
 @contextmanager
 def open_run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
-    """Make, lock and tidy the run folder; the main process holds the lock until the run ends."""
+    """Make, lock and tidy the run folder; the main process holds the lock until the run ends.
+
+    A folder that was made for a run which then failed to start, or was interrupted, is removed again.
+    """
     out = Path(recipe.out or f"runs/{recipe.name}")
-    error, lock = None, None
+    error, lock, made = None, None, list[Path]()
     try:
         if accelerator.is_main_process:
             try:
+                absent = [folder for folder in (out, *out.parents) if not folder.exists()]
                 (out / "checkpoints").mkdir(parents=True, exist_ok=True)
                 lock = RunLock(out)
                 lock.acquire()
+                made = absent
                 clean(out / "checkpoints")
                 (out / "stopped_by_signal").unlink(missing_ok=True)
             except RuntimeError as caught:
@@ -62,6 +73,7 @@ def open_run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
                 error = ValueError(f"out={out} cannot be written ({caught}); choose another --out or free some space")
         agree(error, accelerator, f"opening {out}")
         yield out
+        made = []
     except OSError as caught:
         if caught.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -69,9 +81,26 @@ def open_run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
             f"{caught}: the disk of out={out} is full. What was saved is whole; free some space and run the same "
             "command again to continue"
         ) from caught
+    except FloatingPointError:
+        made = []  # it did train
+        raise
     finally:
+        _remove_failed_start(out, made)
         if lock is not None:
             lock.release()
+
+
+def _remove_failed_start(out: Path, made: list[Path]) -> None:
+    """Remove the folders that a start made, unless there is something in them that is worth keeping."""
+    rows = read_rows(out / "metrics.jsonl")
+    if out not in made or any("loss" in row for row in rows) or any((out / "checkpoints").glob("step_*")):
+        return
+    if {entry.name for entry in out.iterdir()} - _OF_A_START:
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    with suppress(OSError):  # the folders above may hold other runs by now
+        for folder in made[1:]:
+            folder.rmdir()
 
 
 def find_start(

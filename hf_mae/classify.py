@@ -16,6 +16,8 @@ from transformers import AutoImageProcessor
 
 from hf_mae.data.augment import check_augment
 from hf_mae.data.cached import FeatureBatches, Features, digest, read_features, write_features
+from hf_mae.data.images import stated_range
+from hf_mae.data.loader import bad_allowed
 from hf_mae.data.order import DROP_PATH, Order
 from hf_mae.data.sources import Source
 from hf_mae.data.whole import WholeSplit
@@ -146,6 +148,8 @@ class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
                 for name, values in zip(("mean", "std"), theirs, strict=True)
             )
             say(f"warning: the encoder was pretrained with another augment.mean and augment.std: {flags}")
+        if (limits := stated_range(processor)) is not None and limits != self.recipe.data.pixel_range:
+            say(f"warning: the encoder was pretrained with --data.pixel-range {limits[0]:g} {limits[1]:g}")
 
     def optimizer(self, task: nn.Module) -> torch.optim.Optimizer:
         """Return AdamW, LARS or SGD over the trainable parameters, grouped by layer."""
@@ -301,7 +305,7 @@ def _limit_bad(features: Features, max_bad_fraction: float) -> None:
     rows = len(features.rows) + len(features.bad)
     if not len(features.rows):
         raise RuntimeError(f"none of {rows} training images can be decoded; name other data, or fix them")
-    if len(features.bad) > max_bad_fraction * rows:
+    if len(features.bad) > bad_allowed(max_bad_fraction, rows):
         raise RuntimeError(
             f"{len(features.bad)} of {rows} training images cannot be decoded, more than data.max_bad_fraction="
             f"{max_bad_fraction}; mend the data, or raise --data.max-bad-fraction"

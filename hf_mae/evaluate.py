@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from transformers.utils.hub import cached_file
 
+from hf_mae.data.examples import check_pixels
 from hf_mae.data.imagenet import (
     NUM_CLASSES,
     a_classes,
@@ -24,6 +25,7 @@ from hf_mae.data.imagenet import (
     real_labels,
     severities,
 )
+from hf_mae.data.images import Range
 from hf_mae.data.labels import align
 from hf_mae.data.sources import Source, list_splits, open_source
 from hf_mae.data.whole import BadRow, WholeSplit
@@ -87,6 +89,7 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
         except ValueError as caught:
             error = caught
     agree(error, accelerator, f"making {out}")
+    recipe = replace(recipe, data=_read_as_trained(recipe.data, judged, say))
     one = _One(recipe, judged, trained, accelerator, say)
     numbers = one.corruptions() if recipe.corruptions else one(recipe.data, out)
     pictures = {
@@ -181,14 +184,16 @@ def load_classifier(model: str, image_size: Size | None, say: Printer) -> Judged
     name = model_folder(model, field="model")
     if _in_timm_format(name):
         return _load_timm(name, image_size)
-    made, mean, std = _load_official(name, say) if Path(name).is_file() else _load(name)
+    made, mean, std, pixel_range = _load_official(name, say) if Path(name).is_file() else _load(name)
     trained = height_width(made.config.image_size)
     if image_size is not None:
         made.resize_positions(image_size)
     id2label: Any = made.config.id2label
+    task = Classification(made, mean, std)
+    task.pixel_range = pixel_range
     return Judged(
         name=str(name),
-        task=Classification(made, mean, std),
+        task=task,
         names=[id2label[i] for i in sorted(id2label)],
         image_size=height_width(made.config.image_size),
         train_size=trained,
@@ -217,9 +222,11 @@ def _load_timm(name: Path | str, image_size: Size | None) -> Judged:
     size = spec.test_image_size if image_size is None else height_width(image_size)
     if size != spec.test_image_size:  # timm resizes the positions of those that have them
         model, _ = from_weights(name, replace(spec, image_size=size, test_image_size=size))
+    task = TimmClassification(model, spec)
+    task.pixel_range = spec.pixel_range
     return Judged(
         name=str(name),
-        task=TimmClassification(model, spec),
+        task=task,
         names=list(spec.names),
         image_size=size,
         train_size=spec.image_size,
@@ -235,8 +242,10 @@ def _subset(classes: str) -> list[int] | None:
     return None if subset is None else subset()
 
 
-Loaded = tuple[MAEForImageClassification, "list[float] | tuple[float, ...]", "list[float] | tuple[float, ...]"]
-"""A classifier of ours, and the mean and std of its images."""
+Loaded = tuple[
+    MAEForImageClassification, "list[float] | tuple[float, ...]", "list[float] | tuple[float, ...]", "Range | None"
+]
+"""A classifier of ours, the mean and std of its images, and which stored values were black and white."""
 
 
 def _load(name: Path | str) -> Loaded:
@@ -261,7 +270,7 @@ def _load_official(path: Path | str, say: Printer) -> Loaded:
             "save it as a model folder with a preprocessor_config.json"
         )
     say(f"{path} names no classes, so they are numbers, and no mean and std: ImageNet's, as in the official code")
-    return model, IMAGENET_MEAN, IMAGENET_STD
+    return model, IMAGENET_MEAN, IMAGENET_STD, None
 
 
 def _no_classifier(name: Path | str, what: str) -> ValueError:
@@ -418,6 +427,19 @@ def _chosen_on(recipe: Evaluation, trained: Data | None, split: str | None) -> s
     return chosen_on(json.loads((best / "best.json").read_text())["metric"], split)
 
 
+def _read_as_trained(data: Data, judged: Judged, say: Printer) -> Data:
+    """Return the data, their stored values mapped as in training unless the user says how."""
+    trained = judged.task.pixel_range
+    if trained is None or data.pixel_range == trained:
+        return data
+    low, high = trained
+    if data.pixel_range is None:
+        say(f"pixel range: {low:g} to {high:g}, as the model was trained with")
+        return replace(data, pixel_range=trained)
+    say(f"warning: the model was trained with --data.pixel-range {low:g} {high:g}")
+    return data
+
+
 def _divided_as(data: Data, trained: Data | None, say: Printer) -> Data:
     """Return the data, divided by the rule of the training unless what is asked for lies beside what it divided."""
     if trained is None or trained.splits is None or data.splits is not None:
@@ -436,9 +458,13 @@ def _open(recipe: Evaluation, data: Data, trained: Data | None, say: Printer) ->
     """Open the images to measure on: the split's name and its rows."""
     split = data.split or next((s for s in ("test", "validation", "val") if s in list_splits(data)), None)
     source = open_source(data, split=split)
+    check_pixels(source, data)
     say(source.summary())
     if recipe.labels != "real" and not source.has_labels:
-        raise ValueError(f"{source.where}: has no labels; name another split (--data.split) or --data.label-column")
+        why = f" ({source.why_unlabelled})" if source.why_unlabelled else ""
+        raise ValueError(
+            f"{source.where}: has no labels{why}; name another split (--data.split) or --data.label-column"
+        )
     if trained is not None and trained.splits != data.splits:
         if data.splits is not None:
             say(

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hf_mae.data.examples import check_pixels
 from hf_mae.data.labels import check_labels
 from hf_mae.data.order import uniforms
 from hf_mae.data.sources import SPLIT_NAMES, Source, list_splits, open_source
@@ -72,6 +73,7 @@ class LabelledTraining(Training[L]):
         for split in splits:
             test = open_source(data, split=split, field="evals.split")
             if test.where != source.where:
+                check_pixels(test, data, refuse=False)  # what is trained on was looked at before
                 say(f"testing on {test.summary().removeprefix('data: ')}")
                 self.tested_on = split
                 return test

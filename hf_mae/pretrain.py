@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hf_mae.data.augment import check_augment
-from hf_mae.data.examples import load_examples
-from hf_mae.data.images import ImageError, decode_image, eval_image
+from hf_mae.data.examples import check_pixels, load_examples
+from hf_mae.data.images import ImageError, Range, decode_image, eval_image
 from hf_mae.data.order import NOISE, uniforms
 from hf_mae.data.sources import Source, list_splits, open_source
 from hf_mae.evaluation.features import FeatureQuality, logistic_is_too_large
@@ -211,14 +211,17 @@ def _labelled_split(recipe: Recipe, source: Source, say: Printer) -> tuple[str, 
         say("kNN: off, no test or validation split was found (--evals.split names one)")
         return None
     test = open_source(data, split=split, field="evals.split")
+    check_pixels(test, data, refuse=False)  # what is trained on was looked at before
+    for warning in (note for note in test.notes if note.startswith("warning")):
+        say(f"{test.where}: {warning}")
     if not test.has_labels:
         say(f"kNN: off, split {split} has no labels")
         return None
     return split, test
 
 
-def load_pretrained(name: str, *, field: str) -> tuple[MAEForPreTraining, list[float], list[float]]:
-    """Load a model with its decoder, in float32 and evaluation mode, and the mean and std of its input.
+def load_pretrained(name: str, *, field: str) -> tuple[MAEForPreTraining, list[float], list[float], Range | None]:
+    """Load a model with its decoder, in float32 and evaluation mode, mean, std and pixel range of its input.
 
     Args:
         name: a run folder (its newest checkpoint), a model folder or Hub id of ours or a vit_mae, or an official file.
@@ -241,7 +244,7 @@ def load_pretrained(name: str, *, field: str) -> tuple[MAEForPreTraining, list[f
                 f"{field}={name} takes {model.config.num_channels} channel(s), and the file does not say their mean "
                 "and std; use `hf-mae convert` with --image-mean and --image-std"
             )
-        return model.eval(), list(IMAGENET_MEAN), list(IMAGENET_STD)
+        return model.eval(), list(IMAGENET_MEAN), list(IMAGENET_STD), None
     values = read_config(folder)
     kind, architectures = values.get("model_type"), [str(one) for one in values.get("architectures") or ()]
     ours = kind in ("hf_mae", "vit_mae")
@@ -252,8 +255,7 @@ def load_pretrained(name: str, *, field: str) -> tuple[MAEForPreTraining, list[f
             "reconstruct; name a pretraining model with its decoder (what hf-mae pretrain makes)"
         )
     model = MAEForPreTraining.from_pretrained(folder, dtype=torch.float32).eval()
-    mean, std = load_statistics(folder, model.config.num_channels, what=f"{field}={name}")
-    return model, mean, std
+    return model, *load_statistics(folder, model.config.num_channels, what=f"{field}={name}")
 
 
 def reconstruct_files(name: str, files: Sequence[Path], out: Path, *, seed: int = 0) -> None:
@@ -277,14 +279,13 @@ def reconstruct_files(name: str, files: Sequence[Path], out: Path, *, seed: int 
         raise ValueError(f"out={out} cannot be written: its folder does not exist; make it or choose another --out")
     if out.is_dir() or out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"out={out} is not the name of an image file; use one such as reconstruction.png")
-    model, mean, std = load_pretrained(name, field="model")
+    model, mean, std, pixel_range = load_pretrained(name, field="model")
     config, size = model.config, height_width(model.config.image_size)
     images = []
     for path in files:
         try:
-            images.append(
-                torch.from_numpy(eval_image(decode_image(path.read_bytes(), config.num_channels), size).copy())
-            )
+            image = decode_image(path.read_bytes(), config.num_channels, pixel_range=pixel_range)
+            images.append(torch.from_numpy(eval_image(image, size).copy()))
         except (ImageError, OSError) as error:
             raise ValueError(f"{path} cannot be used: {error}; name an image file") from error
     rows = np.arange(len(images))

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoImageProcessor
 
+from hf_mae.data.examples import check_pixels
+from hf_mae.data.images import stated_range
 from hf_mae.data.loader import Loader, check_state, loader_state, steps_per_epoch
 from hf_mae.data.order import Order, choose_lanes_and_window
 from hf_mae.data.sources import Source, open_source
@@ -184,6 +186,7 @@ def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accele
     if resume_from is not None and data.revision is None:
         data = replace(data, revision=read_data_state(resume_from)["revision"])  # where a branch stood at the start
     source = open_source(data)
+    check_pixels(source, data, refuse=resume_from is None)
     say(source.summary())
     labels = training.labels(source, say)
     rows, world = int(source.sizes.sum()), accelerator.num_processes
@@ -206,6 +209,7 @@ def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accele
     # What is trained.
     torch.manual_seed(recipe.seed)  # the same weights on every rank; nothing else draws from it
     task = training.build(source, resume_from, accelerator, say)
+    task.pixel_range = source.pixel_range  # type: ignore[assignment]  # for the folders it writes, see `ImageTask`
     parameters = sum(p.numel() for p in task.parameters())
     trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)
     optimizer: Any = training.optimizer(task)
@@ -401,8 +405,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def load_statistics(folder: Path | str, channels: int, *, what: str) -> tuple[list[float], list[float]]:
-    """Return mean and std per channel, as the image processor of a model says.
+def load_statistics(
+    folder: Path | str, channels: int, *, what: str
+) -> tuple[list[float], list[float], tuple[float, float] | None]:
+    """Return mean and std per channel, and the pixel range, as the image processor of a model says.
 
     Args:
         folder: a model folder, or a Hub id that was opened.
@@ -415,6 +421,7 @@ def load_statistics(folder: Path | str, channels: int, *, what: str) -> tuple[li
     try:
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         mean, std = ([float(value) for value in values] for values in (processor.image_mean, processor.image_std))
+        pixel_range = stated_range(processor)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(folder, Path) and (folder / "preprocessor_config.json").is_file():
             why = f"has a preprocessor_config.json that cannot be used ({one_line(error)})"
@@ -428,7 +435,7 @@ def load_statistics(folder: Path | str, channels: int, *, what: str) -> tuple[li
             f"{what} has image_mean={mean} and image_std={std} in its preprocessor_config.json, and the model takes "
             f"{channels} channel(s); write one value per channel, image_std above 0"
         )
-    return mean, std
+    return mean, std, pixel_range
 
 
 def progress(batches: Any, accelerator: Accelerator) -> Any:

@@ -129,7 +129,10 @@ def _draw_reconstruction(records: Records, samples: Sequence[Path], path: Path) 
     model = MAEForPreTraining.from_pretrained(records.folder).eval()
     size, channels = model.config.image_size, model.config.num_channels
     height, width = (size, size) if isinstance(size, int) else size
-    arrays = [eval_image(decode_image(s.read_bytes(), channels), (height, width)) for s in samples]
+    stated = records.preprocessing.get("pixel_range")
+    limits = None if stated is None else (float(stated[0]), float(stated[1]))
+    opened = [decode_image(s.read_bytes(), channels, pixel_range=limits) for s in samples]
+    arrays = [eval_image(image, (height, width)) for image in opened]
     images = torch.stack([torch.from_numpy(array.copy()) for array in arrays])  # [N, C, H, W]
     noise = fixed_noise(model.config, len(images), seed=0)
     mean, std = records.preprocessing["image_mean"], records.preprocessing["image_std"]

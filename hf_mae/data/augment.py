@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 
-from hf_mae.data.images import Pixels, center, decode_rows, open_image, resize, resize_to_cover, to_array
+from hf_mae.data.images import Pixels, Range, center, decode_rows, open_image, resize, resize_to_cover, to_array
 from hf_mae.data.order import mix
 from hf_mae.data.rand_augment import (
     AUTO_AUGMENT_DRAWS,
@@ -148,6 +148,7 @@ def sample_pixels(
     *,
     max_pixels: int = 89_478_485,
     decoder: Literal["exact", "fast"] = "exact",
+    pixel_range: Range | None = None,
 ) -> None:
     """Decode one picture once and write k augmented samples of it.
 
@@ -159,6 +160,7 @@ def sample_pixels(
         max_pixels: as in `decode_image`.
         decoder: "exact" gives the bits of `augment_image(decode_image(data), u)`; "fast" the same crops, resized by
             other code.
+        pixel_range: as in `decode_image`.
 
     Raises:
         ImageError: as `decode_image`; nothing has been written then.
@@ -166,7 +168,7 @@ def sample_pixels(
     channels, height, width = out.shape[1:]
     image = open_image(data, max_pixels)
     assert data is not None, "refused before"
-    pixels, full_height, full_width = decode_rows(image, data, channels, _bottom(draws, augment))
+    pixels, full_height, full_width = decode_rows(image, data, channels, _bottom(draws, augment), pixel_range)
     for u, sample in zip(draws, out, strict=True):
         if is_boxed(augment):
             top, left, h, w = crop_box(u, full_height, full_width, augment)

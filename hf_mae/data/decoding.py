@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_mae.data.augment import check_augment, num_uniforms, sample_pixels
 from hf_mae.data.formats import Buffer
-from hf_mae.data.images import ImageError, Pixels
+from hf_mae.data.images import ImageError, Pixels, Range
 from hf_mae.data.order import Ints, uniforms
 from hf_mae.data.rand_augment import operations
 from hf_mae.recipes.base import Augment
@@ -64,6 +64,7 @@ class Decoder:
     max_pixels: int
     kind: Literal["exact", "fast"] = "exact"
     repeats: int = 1
+    pixel_range: Range | None = None
 
     def __post_init__(self) -> None:
         check_augment(self.augment)
@@ -88,7 +89,15 @@ class Decoder:
         failures: Failures = []
         for i, data in enumerate(images):
             try:
-                sample_pixels(data, draws[:, i], out[:, i], self.augment, max_pixels=self.max_pixels, decoder=self.kind)
+                sample_pixels(
+                    data,
+                    draws[:, i],
+                    out[:, i],
+                    self.augment,
+                    max_pixels=self.max_pixels,
+                    decoder=self.kind,
+                    pixel_range=self.pixel_range,
+                )
             except ImageError as error:
                 failures.append((i, str(error)))
         return failures

@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,11 @@ class Source(ABC):
         where: what was opened, in words.
         notes: what was inferred or left out, in words.
         schema: columns of the table and what they hold, in words; empty where the format has no columns.
+        pixel_range: stored values that become black and white, see `hf_mae.data.images.decode_image`; of the recipe.
+        why_unlabelled: why there are no labels, where more can be said than that there are none.
+        former_fingerprint: what versions before metadata tables were read called the same rows; a run that they began
+            goes on. None where it is `fingerprint`.
+        remote: reading a chunk asks a server.
     """
 
     kind: str
@@ -104,6 +110,10 @@ class Source(ABC):
     notes: list[str]
     num_shards: int = 1
     schema: Mapping[str, str] = MappingProxyType({})
+    pixel_range: tuple[float, float] | None = None
+    why_unlabelled: str = ""
+    former_fingerprint: str | None = None
+    remote: bool = False
 
     @abstractmethod
     def read(self, chunk: int) -> Chunk:
@@ -174,7 +184,10 @@ def type_name(kind: pa.DataType) -> str:
 def holds_bytes(kind: pa.DataType) -> bool:
     """Say whether a column may hold encoded images: bytes, or a struct with a field `bytes`."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+        if kind.get_field_index("bytes") < 0:
+            return False
+        inner = kind.field("bytes").type  # null where a writer without a schema saw paths only
+        return holds_bytes(inner) or (pa.types.is_null(inner) and kind.get_field_index("path") >= 0)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
@@ -189,11 +202,20 @@ def unreadable(rows: int, error: BaseException) -> Chunk:
 class ParquetSource(Source):
     """Row groups of Parquet files; only the encoded bytes and the label column are read.
 
+    A row may name an image file in place of its bytes: in the field `path` of an image column whose `bytes` are null,
+    or in a column of text. Such files are read from the folder of the Parquet file or from `root`, never from outside
+    of these, whatever the row says: a Parquet file may come from anywhere, and must not choose what of this machine is
+    trained on. Of remote files they are refused.
+
     Args:
         names: names of the files for messages and the fingerprint, without the folder they happen to lie in.
         paths: where they are: local paths, or paths on `filesystem`.
         filesystem: an fsspec file system for remote files, None for local ones.
         choose: picks (image column, label column or None, class names or None) from the schema; raises ValueError.
+        root: folder that local files lie in, None for files that came from the Hub.
+
+    Raises:
+        ValueError: a file is not Parquet, columns differ, there are no rows, or all rows name files that are not there.
     """
 
     kind = "Parquet files"
@@ -205,19 +227,26 @@ class ParquetSource(Source):
         *,
         choose: Callable[[pa.Schema], tuple[str, str | None, list[str] | None]],
         filesystem: Any | None = None,
+        root: Path | None = None,
     ) -> None:
+        self.remote, self.root = filesystem is not None, root
         self.files, self.paths, self.filesystem = list(names), list(paths), filesystem
         with ThreadPoolExecutor(16, thread_name_prefix="footer") as pool:
             self.footers: list[pq.FileMetaData] = list(pool.map(self._footer, range(len(self.paths))))
         schema = self.footers[0].schema.to_arrow_schema()
         self.image_column, self.label_column, self.label_names = choose(schema)
         self.has_labels, self.schema = self.label_column is not None, schema_in_words(schema)
-        is_struct = pa.types.is_struct(schema.field(self.image_column).type)
+        image_type = schema.field(self.image_column).type
+        is_struct = pa.types.is_struct(image_type)
+        self._path_leaf = self.image_column if pa.types.is_string(image_type) else None
+        if is_struct and image_type.get_field_index("path") >= 0:
+            self._path_leaf = f"{self.image_column}.path"
         leaf = f"{self.image_column}.bytes" if is_struct else self.image_column
+        null_leaf = is_struct and pa.types.is_null(image_type.field("bytes").type)
         self.columns = [leaf] + ([self.label_column] if self.label_column else [])
 
         self.chunks: list[tuple[int, list[int], int, int]] = []  # file, its row groups, first row, rows
-        image_bytes, sizes = 0, []
+        image_bytes, sizes, only_names = 0, [], True
         for f, footer in enumerate(self.footers):
             at = {footer.schema.column(i).path: i for i in range(footer.num_columns)}
             if missing := [c for c in self.columns if c not in at]:
@@ -227,6 +256,7 @@ class ParquetSource(Source):
                 group = footer.row_group(g)
                 columns = [group.column(at[c]) for c in self.columns]
                 image_bytes += columns[0].total_uncompressed_size
+                only_names = only_names and (self._path_leaf == leaf or null_leaf or _all_null(columns[0]))
                 stored = sum(c.total_compressed_size for c in columns)
                 sizes.append((f, group.num_rows, stored))
                 if group.num_rows:
@@ -237,11 +267,63 @@ class ParquetSource(Source):
             raise ValueError(f"{', '.join(self.files[:3])}: the Parquet files hold no rows")
         self.sizes = np.array([n for _, _, _, n in self.chunks], dtype=np.int64)
         self.bytes_per_row = image_bytes / rows
+        named: list[Any] = []
+        if only_names:
+            named = self._named_files(rows)
         self.num_shards = len(self.files)
-        self.fingerprint = fingerprint("parquet", self.files, self.columns, sizes, [c[1] for c in self.chunks])
-        self.notes = [f"column {self.image_column}"]
+        self.fingerprint = fingerprint(
+            "parquet", self.files, self.columns, sizes, [c[1] for c in self.chunks], *named[:1]
+        )
+        self.notes = [f"column {self.image_column}", *named[1:]]
         if self.label_column:
             self.notes.append(f"labels from {self.label_column}")
+
+    def _named_files(self, rows: int) -> list[Any]:
+        """Look for the files that the rows name, where none has its bytes: [their sizes' digest, a note].
+
+        Raises:
+            ValueError: none is there, or none may be read.
+        """
+        embed = (
+            "write the images themselves into the Parquet files: datasets.load_dataset('parquet', ...).cast_column("
+            f"{self.image_column!r}, datasets.Image()).to_parquet(...) where the files are"
+        )
+        if self._path_leaf is None:
+            raise ValueError(f"{self.files[0]}: column {self.image_column} is null in every row; download it again")
+        if self.root is None:
+            raise ValueError(
+                f"{self.files[0]}: the rows of column {self.image_column} hold paths without the images, and files "
+                f"that downloaded rows name are not read; {embed}"
+            )
+        missing, first, sizes = 0, "", []
+        for chunk in range(len(self.chunks)):
+            for name in self.names(chunk) or []:
+                path = self._local_file(chunk, name)
+                if path is None:
+                    missing, first = missing + 1, first or name
+                sizes.append(path.stat().st_size if path is not None else -1)
+        folders = " or ".join(dict.fromkeys(str(f) for f in self._folders(0)))
+        rule = f"the rows of column {self.image_column} name image files, which are read from {folders} alone"
+        if missing == rows:
+            raise ValueError(
+                f"{self.files[0]}: {rule}, and none is there (first {first!r}); move them there, or {embed}"
+            )
+        self.bytes_per_row = sum(max(size, 0) for size in sizes) / rows
+        lost = f"; {missing:,} of {rows:,} are not there, first {first!r}" if missing else ""
+        return [hashlib.sha256(json.dumps(sizes).encode()).hexdigest(), rule + lost]
+
+    def _folders(self, chunk: int) -> list[Path]:
+        assert self.root is not None
+        return [Path(self.paths[self.chunks[chunk][0]]).parent, self.root]
+
+    def _local_file(self, chunk: int, name: str) -> Path | None:
+        """Return the file that a row names, if it lies in a folder of the data; links are the user's own."""
+        for folder in self._folders(chunk):
+            base = os.path.abspath(folder)
+            path = os.path.normpath(os.path.join(base, name))  # an absolute name stands for itself
+            if name and "://" not in name and path.startswith(base.rstrip(os.sep) + os.sep) and os.path.isfile(path):
+                return Path(path)
+        return None
 
     def _append(self, file: int, group: int, first: int, rows: int, stored: int) -> None:
         """Add a row group, to the chunk before it where the rule for remote files says so."""
@@ -291,16 +373,25 @@ class ParquetSource(Source):
             what = f"{self.files[file]}, row group {groups[0]}" + (f" to {groups[-1]}" if len(groups) > 1 else "")
             return self._chunk(retry(lambda: self._table(chunk, self.columns), what))
         try:
-            return self._chunk(read_local(lambda: self._table(chunk, self.columns), self.paths[file]))
+            data = self._chunk(read_local(lambda: self._table(chunk, self.columns), self.paths[file]))
         except pa.ArrowMemoryError:
             raise
         except (pa.ArrowException, OSError) as error:
             return unreadable(rows, error)
+        if self.root is None or self._path_leaf is None or all(image is not None for image in data.images):
+            return data
+        images, names = list(data.images), self.names(chunk) or []
+        for row, name in enumerate(names):
+            if images[row] is None and (path := self._local_file(chunk, name)) is not None:
+                images[row] = read_local(path.read_bytes, path)
+        return Chunk(images, data.labels)
 
     def _chunk(self, table: pa.Table) -> Chunk:
         labels = np.full(table.num_rows, -1, dtype=np.int64)
         if self.label_column:
             labels = column_labels(table.column(self.label_column))
+        if self._path_leaf == self.image_column:
+            return Chunk([None] * table.num_rows, labels)
         return Chunk(encoded_images(table.column(self.image_column)), labels)
 
     def labels(self, chunk: int) -> Ints | None:
@@ -313,11 +404,10 @@ class ParquetSource(Source):
             return None  # only asked for a description; reading the chunk says what is wrong
 
     def names(self, chunk: int) -> list[str] | None:
-        """Read the field `path` of the image column, where there is one; a null is an empty name."""
+        """Read the field `path` of the image column, or a column of paths, where there is one; a null is empty."""
         file, _, _, _ = self.chunks[chunk]
-        leaf = f"{self.image_column}.path"
-        footer = self.footers[file].schema
-        if leaf not in (footer.column(i).path for i in range(len(footer))):
+        leaf, footer = self._path_leaf, self.footers[file].schema
+        if leaf is None or leaf not in (footer.column(i).path for i in range(len(footer))):
             return None
         what = f"the file names in {self.files[file]}"
         if self.filesystem is not None:
@@ -327,12 +417,21 @@ class ParquetSource(Source):
                 table = read_local(lambda: self._table(chunk, [leaf]), self.paths[file])
             except (pa.ArrowException, OSError) as error:
                 raise RuntimeError(f"could not read {what}: {one_line(error)}; mend or replace the file") from error
-        return [name or "" for name in table.column(0).combine_chunks().field("path").to_pylist()]
+        column = table.column(0).combine_chunks()
+        if leaf != self.image_column:
+            column = column.flatten()[column.type.get_field_index("path")]
+        return [name or "" for name in column.to_pylist()]
 
     def describe(self, chunk: int, row: int) -> tuple[str, int]:
         """Name the file, and the row counted from its beginning."""
         file, _, first, _ = self.chunks[chunk]
         return self.files[file], first + row
+
+
+def _all_null(column: Any) -> bool:
+    """Say whether a column chunk holds nothing, as far as its footer tells."""
+    statistics = column.statistics
+    return statistics is not None and statistics.has_null_count and statistics.null_count == column.num_values
 
 
 def encoded_images(column: pa.ChunkedArray) -> list[memoryview | None]:

@@ -17,12 +17,13 @@ from __future__ import annotations
 import io
 import logging
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,8 @@ from PIL import (
 )
 
 Pixels = npt.NDArray[np.uint8]
+Range = tuple[float, float]
+"""Stored values that become 0 and 255."""
 
 MAX_ASPECT = 16
 """Resizing the short side of a longer strip is done on its middle part of this aspect (5000x1 would become 327 MP)."""
@@ -109,17 +112,28 @@ class ImageError(ValueError):
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-def decode_image(data: bytes | memoryview | None, channels: int = 3, *, max_pixels: int = 89_478_485) -> Image.Image:
+def decode_image(
+    data: bytes | memoryview | None,
+    channels: int = 3,
+    *,
+    max_pixels: int = 89_478_485,
+    pixel_range: Range | None = None,
+) -> Image.Image:
     """Decode one picture to 8 bits.
 
-    The EXIF orientation is applied (garbage in it is ignored), of an animation the first frame is taken, palettes are
-    looked up, transparency is dropped (as `convert("RGB")` does in torchvision and datasets), CMYK is converted, 16-bit
-    grey is divided by 257 where a bare `convert` would clip it.
+    The EXIF orientation is applied (garbage in it is ignored), of an animation or of several pages the first is taken,
+    palettes are looked up, transparency is dropped (as `convert("RGB")` does in torchvision and datasets), CMYK is
+    converted, 16-bit grey is divided by 257 where a bare `convert` would clip it. Of 16-bit colour the high byte is
+    taken.
 
     Args:
         data: the encoded file; None is a missing picture.
         channels: 3 gives mode RGB, 1 gives mode L.
         max_pixels: largest accepted width * height, read from the header before anything is decoded.
+        pixel_range: (low, high) of the stored values, with all bits that the file holds, of any type: each becomes
+            `clip((value - low) / (high - low), 0, 1)`, in 255 steps, rounded. A value that is not a number becomes 0.
+            8-bit images are mapped by the same formula, so that a folder of several types is consistent; `(0, 255)`
+            leaves these as they are, `(0, 65535)` 16-bit grey. None is 0 to 255 or to 65535, by the type.
 
     Returns:
         A picture in mode RGB or L, upright.
@@ -128,7 +142,7 @@ def decode_image(data: bytes | memoryview | None, channels: int = 3, *, max_pixe
         ImageError: the data is missing, damaged, too large, or of another kind.
     """
     with _only_image_errors():
-        return _load(_open(data, max_pixels), channels)
+        return _load(_open(data, max_pixels), channels, pixel_range)
 
 
 @contextmanager
@@ -147,7 +161,12 @@ def _open(data: bytes | memoryview | None, max_pixels: int) -> Image.Image:
         raise ImageError("no image (null)")
     if not len(data):
         raise ImageError("empty (0 bytes)")
-    image = _reader(bytes(data[:16]))(io.BytesIO(data))
+    try:
+        image = _reader(bytes(data[:16]))(io.BytesIO(data))
+    except SyntaxError as error:
+        raise ImageError(_tiff_layout(data, error) or f"{type(error).__name__}: {error}"[:200]) from error
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(284) == 2:
+        _widen_planes(image)
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
@@ -156,10 +175,16 @@ def _open(data: bytes | memoryview | None, max_pixels: int) -> Image.Image:
     return image
 
 
-def _load(image: Image.Image, channels: int) -> Image.Image:
-    image.load()
-    orientation = _orientation(image)
-    picture = _to_8_bits(image, channels)
+def _load(image: Image.Image, channels: int, pixel_range: Range | None = None) -> Image.Image:
+    if pixel_range is None:
+        image.load()
+        orientation = _orientation(image)
+        picture = _to_8_bits(image, channels)
+    else:
+        values = stored_values(image, channels)
+        orientation = _orientation(image)
+        picture = Image.fromarray(map_range(values, pixel_range))
+        picture = picture if picture.mode == ("L" if channels == 1 else "RGB") else _to_8_bits(picture, channels)
     return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
 
 
@@ -198,11 +223,14 @@ def _readers() -> list[tuple[Callable[[bytes], bool], Callable[[Any], Image.Imag
 
 def _to_8_bits(image: Image.Image, channels: int) -> Image.Image:
     if image.mode == "F":
-        raise ImageError("32-bit float pixels have no defined range; store 8 or 16 bits")
+        raise ImageError("float pixels have no defined range; say which with --data.pixel-range LOW HIGH")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ImageError("32-bit integer pixels beyond 16 bits have no defined range; store 8 or 16 bits")
+            raise ImageError(
+                f"integer pixels from {values.min()} to {values.max()}, beyond unsigned 16 bits, have no defined "
+                "range; say which with --data.pixel-range LOW HIGH"
+            )
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     # Without this entry a palette's colours are taken as they are, and Pillow has no reason to warn.
     image.info.pop("transparency", None)
@@ -211,6 +239,166 @@ def _to_8_bits(image: Image.Image, channels: int) -> Image.Image:
         return image
     # Palette, CMYK and the like go to grey by way of RGB: one rule for the weights.
     return (image if image.mode in ("RGB", "L", "1") else image.convert("RGB")).convert(mode)
+
+
+# ------------------------------------------------------------------------------------------------ other depths
+
+Values = npt.NDArray[Any]
+
+
+class Stored(NamedTuple):
+    """What an image file holds before it becomes 8 bits."""
+
+    kind: str
+    """`8 bits`, `16 bits`, `integers` (signed, or of 32 bits) or `floats`."""
+    low: float
+    """Smallest of the stored values; 0 where `kind` is `8 bits` and the pixels were not asked for."""
+    high: float
+    """Largest of them, or 255."""
+    pages: int
+    """Pages or frames, of which the first is used."""
+
+
+def look_inside(data: bytes | memoryview | None, *, max_pixels: int = 89_478_485, decode: bool = False) -> Stored:
+    """Say what an image file holds.
+
+    Args:
+        data: the encoded file.
+        max_pixels: as in `decode_image`.
+        decode: find out the range of 8-bit images too, rather than read the header alone.
+
+    Raises:
+        ImageError: as `decode_image`, as far as it was decoded.
+    """
+    with _only_image_errors():
+        image = _open(data, max_pixels)
+        pages = 2 if "mp" in image.info else 1  # multi-picture JPEG: two or more
+        with suppress(*_PILLOW_RAISES):  # a later page may be damaged
+            pages = max(pages, getattr(image, "n_frames", 1))
+        image = _open(data, max_pixels)  # counting pages moves some readers
+        kind = _kind(image)
+        if kind == "8 bits" and not decode:
+            return Stored(kind, 0, 255, pages)
+        values = stored_values(image, 3)
+        values = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+        if not values.size:
+            raise ImageError("holds no finite value")
+        return Stored(kind, float(values.min()), float(values.max()), pages)
+
+
+def _kind(image: Image.Image) -> str:
+    if image.mode == "F":
+        return "floats"
+    if image.mode == "I":
+        return "integers"
+    return "16 bits" if image.mode.startswith("I;16") or _is_deep_colour(image) else "8 bits"
+
+
+def stored_values(image: Image.Image, channels: int) -> Values:
+    """Return the values that an opened, not yet decoded file holds, with all their bits: [H, W] or [H, W, 3].
+
+    Those of 8 bits come as `decode_image` has them. Pillow keeps the high bytes of 16-bit colour; the low ones are got
+    by decoding once more with the bytes of each value swapped.
+
+    Raises:
+        ImageError: 16-bit colour in an arrangement of bands that is not known here.
+    """
+    if _is_deep_colour(image):
+        return _deep_colour(image)
+    image.load()
+    if _kind(image) == "8 bits":
+        return np.asarray(_to_8_bits(image, channels))
+    return np.asarray(image)
+
+
+def map_range(values: Values, pixel_range: Range) -> Pixels:
+    """Map stored values to uint8 as `decode_image` says."""
+    low, high = pixel_range
+    if values.dtype == np.uint8:
+        return map_range(np.arange(256.0), pixel_range)[values]
+    scaled = (values.astype(np.float64) - low) * 255 / (high - low)
+    return np.rint(np.clip(np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0), 0, 255)).astype(np.uint8)
+
+
+def stated_range(processor: Any) -> Range | None:
+    """Return the `pixel_range` that a model folder's image processor states, None where it states none."""
+    stated = getattr(processor, "pixel_range", None)
+    return None if stated is None else (float(stated[0]), float(stated[1]))
+
+
+def _raw_mode(tile: Any) -> str:
+    """Return how the bytes of a tile lie, where its decoder is told."""
+    arguments = tile[3]
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    return not image.mode.startswith("I") and any(";16" in _raw_mode(tile) for tile in getattr(image, "tile", []))
+
+
+def _deep_colour(image: Image.Image) -> Values:
+    """Decode 16-bit colour, or grey with alpha, to [H, W, 3]; alpha is dropped."""
+    assert isinstance(image, (PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile))
+    if image.mode not in ("RGB", "RGBA", "RGBX", "L"):
+        raise ImageError(f"16-bit {image.mode} cannot be read with data.pixel_range; store RGB or grey")
+    assert isinstance(image.fp, io.BytesIO)
+    other = _open(image.fp.getvalue(), sys.maxsize)
+    grey_alpha = _raw_mode(image.tile[0]).startswith("LA;16")
+    opposite = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+
+    def use(picture: Any, change: Callable[[str], str]) -> Values:
+        picture.tile = [
+            tile._replace(args=(change(raw), *tile.args[1:]) if isinstance(tile.args, tuple) else change(raw))
+            for tile, raw in ((tile, _raw_mode(tile)) for tile in picture.tile)
+        ]
+        picture.load()
+        pixels = np.asarray(picture).astype(np.uint16)
+        return pixels if pixels.ndim == 3 else pixels[..., None]
+
+    if grey_alpha:  # its four bytes: grey high, grey low, alpha high, alpha low
+        pixels = use(image, lambda raw: "RGBA")
+        return np.repeat(pixels[..., :1] * 256 + pixels[..., 1:2], 3, axis=2)
+    # Multiplied by alpha or not, what is stored is taken.
+    high = use(image, lambda raw: raw.replace("RGBa", "RGBA"))
+    low = use(other, lambda raw: raw[:-1].replace("RGBa", "RGBA") + opposite[raw[-1]])
+    values = high * 256 + low
+    return values[..., :3] if values.shape[2] >= 3 else np.repeat(values[..., :1], 3, axis=2)
+
+
+def _tiff_layout(data: bytes | memoryview, error: SyntaxError) -> str | None:
+    """Say which bands a TIFF has that Pillow cannot read; None for other files. More bands are read from here one day.
+
+    Returns:
+        A sentence, or None if the directory cannot be read either.
+    """
+    try:
+        with io.BytesIO(data) as file:
+            directory = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+            file.seek(directory.next)
+            directory.load(file)
+            bands, bits = directory.get(277, 1), directory.get(258, (1,))
+    except _PILLOW_RAISES:
+        return None
+    depth = "/".join(str(bit) for bit in sorted(set(bits))) if isinstance(bits, tuple) else str(bits)
+    if bands in (1, 3) and "pixel mode" not in str(error):
+        return None  # damaged
+    if bands in (1, 3):
+        return f"TIFF with {bands} band(s) of {depth} bits of this kind is not read; 8, 16 and float of 32 bits are"
+    return f"TIFF with {bands} bands of {depth} bits; 1 or 3 are read"
+
+
+def _widen_planes(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Correct how Pillow reads 16-bit colour whose bands follow each other: it takes their bytes for 8-bit pixels."""
+    bits = image.tag_v2.get(258)
+    order = "B" if image.tag_v2.prefix == b"MM" else "L"
+    if isinstance(bits, tuple) and set(bits) == {16}:
+        image.tile = [
+            tile._replace(args=(f"{_raw_mode(tile)};16{order}", *tile.args[1:]))
+            if tile.codec_name == "raw" and isinstance(tile.args, tuple) and len(_raw_mode(tile)) == 1
+            else tile
+            for tile in image.tile
+        ]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -264,7 +452,11 @@ def open_image(data: bytes | memoryview | None, max_pixels: int) -> Image.Image:
 
 
 def decode_rows(
-    image: Image.Image, data: bytes | memoryview, channels: int, bottom: Callable[[int, int], int]
+    image: Image.Image,
+    data: bytes | memoryview,
+    channels: int,
+    bottom: Callable[[int, int], int],
+    pixel_range: Range | None = None,
 ) -> tuple[Pixels, int, int]:
     """Decode an opened picture, down to the last row that is needed where the rest can be left out.
 
@@ -273,6 +465,7 @@ def decode_rows(
         data: its encoded file.
         channels: 3 or 1.
         bottom: (height, width) of the upright picture to the first row that nobody needs.
+        pixel_range: as in `decode_image`.
 
     Returns:
         Pixels as `decode_image` would have them, [rows, W, 3] or [rows, W], where at least the rows before `bottom` are
@@ -281,12 +474,12 @@ def decode_rows(
     Raises:
         ImageError: as `decode_image`.
     """
-    if channels == 3:
+    if channels == 3 and pixel_range is None:
         pixels = _decode_plain_jpeg(image, data, bottom)
         if pixels is not None:
             return pixels, image.height, image.width
     with _only_image_errors():
-        upright = _load(image, channels)
+        upright = _load(image, channels, pixel_range)
         return np.asarray(upright), upright.height, upright.width
 
 

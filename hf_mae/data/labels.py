@@ -14,7 +14,8 @@ import numpy as np
 
 from hf_mae.data.formats import UNREADABLE, Source
 from hf_mae.data.order import Ints
-from hf_mae.data.sources import LABEL_NAMES, make_integers
+from hf_mae.data.sources import make_integers
+from hf_mae.data.tables import LABEL_NAMES
 from hf_mae.recipes.base import Data
 
 MAX_UNUSED = 10
@@ -51,8 +52,9 @@ def check_labels(train: Source, test: Source | None, data: Data) -> Classes:
     """
     _check_column(train, data)
     if test is not None and not test.has_labels:
+        why = f" ({test.why_unlabelled})" if test.why_unlabelled else ""
         raise ValueError(
-            f"{test.where}: has no labels, and {train.where} has; name a labelled split with --evals.split"
+            f"{test.where}: has no labels{why}, and {train.where} has; name a labelled split with --evals.split"
         )
     names = _names(train, test)
     seen = _check_numbers(train, data, names, split="data.split")
@@ -120,7 +122,10 @@ def _check_column(source: Source, data: Data) -> None:
             f"data.label_column='none' ignores the labels of {source.where}, and classification needs them; leave it "
             "out, or name the column"
         )
-    raise ValueError(f"{source.where}: has no labels; {_remedy(source, data)}")
+    why = source.why_unlabelled
+    if not why or not source.schema:  # without a table, folders are the other way
+        why = f"{why}; {_remedy(source, data)}" if why else _remedy(source, data)
+    raise ValueError(f"{source.where}: has no labels; {why}")
 
 
 def _remedy(source: Source, data: Data) -> str:
@@ -143,7 +148,7 @@ def _remedy(source: Source, data: Data) -> str:
 
 
 def _one_class(source: Source) -> str:
-    if source.kind == "files":
+    if source.kind == "files" and not source.schema:
         return "; put each image into a folder named after its class"
     return "; is --data.label-column right?"
 
@@ -170,6 +175,11 @@ def _check_numbers(source: Source, data: Data, names: Sequence[str] | None, *, s
             f"another split with --{split}"
         )
     if len(missing):
+        if source.kind == "files":
+            raise ValueError(
+                f"{source.where}: {len(missing):,} of {len(rows):,} images have no label in their metadata table, "
+                f"first {_place(source, int(missing[0]))}; fill it in, or remove those rows"
+            )
         column = data.label_column or "label"
         raise ValueError(
             f"{source.where}: {len(missing):,} of {len(rows):,} rows have no label (-1 or null), first "

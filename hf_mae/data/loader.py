@@ -40,6 +40,7 @@ __all__ = [
     "Batch",
     "Loader",
     "Stream",
+    "bad_allowed",
     "check_state",
     "loader_state",
     "repeat_note",
@@ -52,6 +53,8 @@ THREAD_GROUP = 8
 """Images a thread decodes before it looks for other work."""
 PROCESS_GROUP = 64
 """Images sent to a process at once."""
+SMALL = 1000
+"""Rows below which one bad image is allowed whatever the fraction: it is more than 1 % of 36."""
 SAMPLES_AHEAD = 2048
 """Samples decoded ahead of the training step, within one to eight batches."""
 
@@ -108,7 +111,7 @@ class Loader:
         remainder: `carry` or `drop`, see `hf_mae.recipes.base.Data`.
         num_workers: decoders; 0 decodes in `next()`.
         worker_kind: threads, or processes for more than about eight cores a rank.
-        max_bad_fraction: of the rows; `count_bad` raises when there are more.
+        max_bad_fraction: of the rows; `count_bad` raises when there are more, see `bad_allowed`.
         max_pixels: largest picture that is decoded.
         decoder: see `hf_mae.data.augment.sample_pixels`.
         repeats: samples made of each image, all in one batch.
@@ -169,7 +172,9 @@ class Loader:
             )
         self.seconds_waiting = 0.0
         self._source, self._order = source, order
-        self._decoder = Decoder(order.seed, augment, image_size, channels, max_pixels, decoder, repeats)
+        self._decoder = Decoder(
+            order.seed, augment, image_size, channels, max_pixels, decoder, repeats, source.pixel_range
+        )
         self._pin = pin_memory and torch.cuda.is_available()
         self._stream = Stream(
             source,
@@ -401,7 +406,7 @@ class Loader:
         for sample in samples:
             self._counted.setdefault((sample["shard"], sample["row"]), sample["reason"])
         rows = self._order.num_rows
-        if len(self._counted) > self._max_bad_fraction * rows:
+        if len(self._counted) > bad_allowed(self._max_bad_fraction, rows):
             raise RuntimeError(
                 f"{len(self._counted)} of {rows} images cannot be decoded, more than max_bad_fraction="
                 f"{self._max_bad_fraction:g} allows; {first_reasons(self._counted)}; mend the data, or raise "
@@ -470,6 +475,12 @@ def repeat_note(repeat_augment: int, world: int) -> str | None:
         f"note: data.repeat_augment={repeat_augment} over {world} process(es): copies of an image share a process, so "
         "batch normalisation sees fewer different images than with a process for each copy"
     )
+
+
+def bad_allowed(max_bad_fraction: float, rows: int) -> float:
+    """Return how many of the rows may be bad: the fraction of them, but one below 1,000 rows unless none may be."""
+    allowed = max_bad_fraction * rows
+    return max(allowed, 1.0) if max_bad_fraction > 0 and rows < SMALL else allowed
 
 
 def first_reasons(bad: Mapping[tuple[str, int], str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +32,40 @@ class FolderSource(Source):
     Args:
         root: the folder of the split.
         files: (name relative to the root with forward slashes, bytes), in any order.
-        classes: names of the class folders of all splits together, in the order of their numbers; fewer than two are
-            no labels.
+        classes: names of the classes of all splits together, in the order of their numbers: of the class folders,
+            where fewer than two are no labels; or of `labels`, None where these have no names.
+        labels: label of each file, from elsewhere than the folders.
     """
 
     kind = "files"
 
-    def __init__(self, root: Path, files: Sequence[tuple[str, int]], *, classes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[tuple[str, int]],
+        *,
+        classes: Sequence[str] | None,
+        labels: Mapping[str, int] | None = None,
+    ) -> None:
         self.root = root
         ordered = sorted(files)
         self.files = [name for name, _ in ordered]
-        self.has_labels = len(classes) > 1 and all("/" in name for name in self.files)
         self._labels = np.full(len(ordered), -1, dtype=np.int64)
-        if self.has_labels:
+        in_folders = classes is not None and len(classes) > 1 and all("/" in name for name in self.files)
+        self.has_labels = labels is not None or in_folders
+        if labels is not None:
+            self.label_names = list(classes) if classes is not None else None
+            self._labels = np.array([labels[name] for name in self.files], dtype=np.int64)
+        elif classes is not None and in_folders:
             self.label_names = list(classes)
             number = {name: i for i, name in enumerate(classes)}
             self._labels = np.array([number[name.split("/", 1)[0]] for name in self.files], dtype=np.int64)
         self.sizes = np.ones(len(ordered), dtype=np.int64)
         self.bytes_per_row = sum(size for _, size in ordered) / max(1, len(ordered))
         self.num_shards = len(ordered)
-        self.fingerprint = fingerprint("folder", ordered, self.has_labels)
-        self.notes = ["labels from the folder names"] if self.has_labels else []
+        facts = [] if labels is None else [self.label_names, hashlib.sha256(self._labels.tobytes()).hexdigest()]
+        self.fingerprint = fingerprint("folder", ordered, self.has_labels, *facts)
+        self.notes = ["labels from the folder names"] if in_folders and labels is None else []
 
     def read(self, chunk: int) -> Chunk:
         """Read one file."""

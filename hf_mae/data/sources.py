@@ -10,11 +10,15 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import os
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from hf_mae.data.formats import ParquetSource, Source, holds_bytes, type_name
 from hf_mae.data.images import EXTENSIONS
 from hf_mae.data.parts import SPLIT_NAMES, alike, list_parts, open_part
 from hf_mae.data.rows import ArrowSource, DigitsSource, FolderSource
+from hf_mae.data.tables import IMAGE_NAMES, LABEL_NAMES, METADATA, FolderLabels, read_tables
 from hf_mae.data.webdataset import TarSource
 from hf_mae.patience import (
     HTTP_ERROR,
@@ -42,10 +47,10 @@ from hf_mae.patience import (
 )
 from hf_mae.recipes.base import Data
 
-IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values")
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "target", "cls", "category", "y")
-
 __all__ = ["SPLIT_NAMES", "Source", "choose_columns", "list_splits", "open_source"]
+
+PATH_NAMES = ("file_name", "path", "file", "filename", "filepath", "file_path", "image_path", "image_file")
+"""Columns of text that may hold paths of images, beside the usual names of image columns."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,21 @@ def open_source(data: Data, split: str | None = None, *, field: str = "data.spli
         ValueError: path, split, column, configuration or a file has to be changed; says what was found.
         RuntimeError: the network failed.
     """
+    source = _open(data, split, field)
+    source.pixel_range = data.pixel_range
+    return source
+
+
+def _open(data: Data, split: str | None, field: str) -> Source:
     wish = _Wish(split if split is not None else data.split, field)
     if not data.path:
         raise ValueError("data.path is empty; pass --data.path with a folder of images, a Hub id, or digits")
-    local = Path(data.path).expanduser()
+    if (limits := data.pixel_range) is not None and not (all(map(math.isfinite, limits)) and limits[0] < limits[1]):
+        raise ValueError(
+            f"data.pixel_range={limits[0]:g} {limits[1]:g}: the stored value that becomes black comes first, the one "
+            "that becomes white is larger, such as --data.pixel-range 0 4095"
+        )
+    local = local_path(data.path)
     if data.revision is not None and (data.path == "digits" or local.exists()):
         raise ValueError(
             f"data.revision={data.revision!r}: {data.path} is on this machine, and only data sets on the Hub have "
@@ -93,6 +109,11 @@ def open_source(data: Data, split: str | None = None, *, field: str = "data.spli
     if data.path == "digits":
         return _open_digits(data, wish)
     return _open_local(local, data, wish) if local.exists() else _open_hub(data, wish)
+
+
+def local_path(text: str) -> Path:
+    """Return a path of the user's as it is meant: `~` at its beginning is the home folder."""
+    return Path(text).expanduser() if text.startswith("~") else Path(text)
 
 
 def list_splits(data: Data) -> list[str]:
@@ -108,7 +129,7 @@ def list_splits(data: Data) -> list[str]:
         return list_parts(data, list_splits)
     if data.path == "digits":
         return ["train", "test"]
-    local = Path(data.path).expanduser()
+    local = local_path(data.path)
     try:
         if not local.exists():
             builder = _builder(data)
@@ -152,6 +173,11 @@ class _Found:
     images: list[tuple[str, int]] = field(default_factory=list)
     parquet: list[str] = field(default_factory=list)
     tar: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    """Metadata tables of an image folder."""
+    tables: list[str] = field(default_factory=list)
+    """Other tables, which are not read."""
+    folders: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     links_dangling: int = 0
     links_to_folders: int = 0
@@ -171,9 +197,13 @@ class _Found:
         for kind, files in {"tar files": self.tar, "images": self.images}.items():
             if files and not kind.startswith(self.kind):
                 others[kind] = len(files)
+        if self.metadata and self.kind != "images":
+            others["metadata tables"] = len(self.metadata)
         if others:
             counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(6))
             notes.append(f"other files left out: {counts}")
+        if self.others[".npy"] and not self.kind:
+            notes.append(".npy arrays are not read yet, save them as PNG or TIFF")
         if self.links_dangling:
             notes.append(f"{self.links_dangling:,} links point to nothing (restore their targets, or copy those files)")
         if self.links_to_folders:
@@ -208,16 +238,21 @@ def _scan(root: Path) -> _Found:
                         continue
                     linked.add(target)
             if entry.is_dir():
+                found.folders.append(name)
                 walk(entry.path, name + "/")
             elif entry.is_file():
                 ending = os.path.splitext(entry.name)[1].lower()
                 if ending in EXTENSIONS:
                     found.images.append((name, entry.stat().st_size))
-                elif ending == ".parquet" and entry.name != "metadata.parquet":  # an image folder's own table
+                elif entry.name in METADATA:
+                    found.metadata.append(name)
+                elif ending == ".parquet":
                     found.parquet.append(name)
                 elif ending == ".tar":
                     found.tar.append(name)
                 else:
+                    if ending in (".csv", ".tsv", ".jsonl", ".xlsx"):
+                        found.tables.append(name)
                     found.others[ending or "without an extension"] += 1
 
     walk(str(root), "")
@@ -235,7 +270,7 @@ def _open_local(path: Path, data: Data, wish: _Wish) -> Source:
     if path.is_file():
         _choose_split(wish, ["train"], data)
         if (kind := path.suffix.lower()) in (".parquet", ".tar"):
-            return _named(_open_indexed(kind[1:], [path.name], [str(path)], data), str(path))
+            return _named(_open_indexed(kind[1:], [path.name], [str(path)], data, path.parent), str(path))
         raise ValueError(
             f"data.path={data.path!r} is a {path.suffix or 'plain'} file; a path is a folder, a .parquet or a .tar file"
         )
@@ -248,7 +283,7 @@ def _open_local(path: Path, data: Data, wish: _Wish) -> Source:
         splits = _data_files(path, found, data)
         chosen = _choose_split(wish, list(splits), data)
         names = splits[chosen]
-        source = _open_indexed(found.kind, names, [str(path / name) for name in names], data)
+        source = _open_indexed(found.kind, names, [str(path / name) for name in names], data, path)
         source.notes += found.left_out()
         return _named(source, f"{path}, split {chosen}")
     if set(found.others) & {".csv", ".json", ".jsonl", ".arrow", ".lance", ".zip"}:
@@ -260,31 +295,108 @@ def _open_local(path: Path, data: Data, wish: _Wish) -> Source:
 
 
 def _open_folder(root: Path, found: _Found, data: Data, wish: _Wish) -> Source:
-    _refuse_folder_columns(data)
     folders = _split_folders(found)
     chosen = _choose_split(wish, list(folders) or ["train"], data)
-    files, notes = found.images, found.left_out()
-    classes = _classes(name.split("/", 1)[1] if folders else name for name, _ in files)
-    if folders:
-        prefix = folders[chosen] + "/"
-        files = [(name[len(prefix) :], size) for name, size in files if name.startswith(prefix)]
-        root = root / folders[chosen]
-    elif named := [name for name in classes if any(name.lower() in aliases for aliases in SPLIT_NAMES.values())]:
+    notes = found.left_out()
+    prefix = folders[chosen] + "/" if folders else ""
+    classes = _classes(name.split("/", 1)[1] if folders else name for name, _ in found.images)
+    if not folders:
+        named = [name for name in classes if any(name.lower() in aliases for aliases in SPLIT_NAMES.values())]
         what = (
             f"folders named like splits ({', '.join(named)}) lie beside images that are in none, so all are read as "
             "one split; to have splits move the others away, or point --data.path at one folder"
         )
-        if wish.split is not None:
+        if named and wish.split is not None:
             raise ValueError(f"{wish.field}={wish.split!r}: {what}")
-        notes.append(what)
-    source = FolderSource(root, files, classes=classes if data.label_column != "none" else [])
+        notes += [what] * bool(named)
+    table = _table(root, found.metadata, [name for name, _ in found.images], data)
+    source = _folder_source(root, prefix, found.images, classes, table, data)
     source.notes += notes
-    return _named(source, f"{root}, split {chosen}")
+    if table is None:
+        notes = _empty_classes(prefix, found)
+        if source.has_labels:
+            source.notes += notes
+        elif found.tables and data.label_column is None:
+            notes = [_unread_tables(found.tables), *notes]
+            source.notes += notes
+        source.why_unlabelled = "; ".join(notes) if not source.has_labels else ""
+    return _named(source, f"{source.root}, split {chosen}")
 
 
-def _refuse_folder_columns(data: Data) -> None:
-    why = "a folder of images has no columns, and the names of its folders for labels"
+def _table(root: Path, names: Sequence[str], images: Iterable[str], data: Data) -> FolderLabels | None:
+    """Read the metadata tables, if there are any and labels are not ignored; check the columns that are wished for."""
+    if names and data.label_column != "none":
+        return read_tables(root, names, set(images), data)
+    why = "a folder of images without a metadata table has no columns, and the names of its folders for labels"
     _refuse_columns(data, why, labels=(None, "none", "label"))
+    return None
+
+
+def _folder_source(
+    root: Path,
+    prefix: str,
+    files: Iterable[tuple[str, int]],
+    classes: Sequence[str],
+    table: FolderLabels | None,
+    data: Data,
+) -> FolderSource:
+    """Open the images of a split: the files whose names, from the root, begin with `prefix`."""
+    own = [(name[len(prefix) :], size) for name, size in files if name.startswith(prefix)]
+    where = root / prefix if prefix else root
+    if table is None:
+        source = FolderSource(where, own, classes=classes if data.label_column != "none" else [])
+        if data.label_column == "label" and not source.has_labels:
+            raise ValueError(
+                f"data.label_column='label': the images of {where} do not lie in folders of two classes or more, and "
+                "there is no metadata table; add one, or leave it out"
+            )
+        return source
+    # What versions before took for labels, and so the fingerprint that their runs have.
+    former = FolderSource(where, own, classes=classes).fingerprint
+    labels = {name[len(prefix) :]: label for name, label in table.files.items() if name.startswith(prefix)}
+    taken = [(name, size) for name, size in own if name in labels]
+    if table.has_labels and taken:
+        numbers = {name: labels[name] for name, _ in taken}
+        source = FolderSource(where, taken, classes=table.classes, labels=numbers)
+    else:
+        source = FolderSource(where, taken or own, classes=[])
+    source.notes += table.notes
+    source.schema, source.why_unlabelled = table.columns, table.why_unlabelled
+    if taken and len(taken) < len(own):
+        first = next(name for name, _ in own if name not in labels)
+        source.notes.append(
+            f"{len(own) - len(taken):,} of {len(own):,} images have no row in a metadata table and are left out, first "
+            f"{first} (--data.label-column none reads all, without labels)"
+        )
+    elif not taken and table.files:
+        why = f"no metadata table has a row for an image of {where}"
+        source.notes.append(f"{why}, so all of them are read, without labels")
+        source.why_unlabelled = why
+    if len(taken or own) == len(own) and former != source.fingerprint:
+        source.former_fingerprint = former
+    return source
+
+
+def _empty_classes(prefix: str, found: _Found) -> list[str]:
+    """Name the class folders of a split that hold no images."""
+    holding = {name[len(prefix) :].split("/", 1)[0] for name, _ in found.images if name.startswith(prefix)}
+    inside = {name[len(prefix) :] for name in found.folders if name.startswith(prefix) and name != prefix}
+    empty = sorted({name.split("/", 1)[0] for name in inside if name.split("/", 1)[0] not in holding})
+    if not empty:
+        return []
+    shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5:,} more" if len(empty) > 5 else "")
+    return [f"warning: {len(empty):,} folder(s) hold no image and are no class here: {shown}"]
+
+
+def _unread_tables(names: Sequence[str]) -> str:
+    stems = {Path(name).stem.lower() for name in names}
+    splits = any(stem in aliases for aliases in SPLIT_NAMES.values() for stem in stems)
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
+    return (
+        f"the table(s) {shown} are not read{', so all images are one split' if splits else ''}: a table of labels is "
+        "called metadata.csv, lies in the folder of its images or above, and has the columns file_name (paths from "
+        "there) and label; a split is a folder (train/, validation/, test/), or a rule of --data.splits"
+    )
 
 
 def _classes(names: Iterable[str]) -> list[str]:
@@ -302,18 +414,30 @@ def _split_folders(found: _Found) -> dict[str, str]:
     return folders if len(folders) == len(tops) else {}
 
 
-def _open_indexed(kind: str, names: Sequence[str], paths: Sequence[str], data: Data) -> Source:
+def _open_indexed(
+    kind: str, names: Sequence[str], paths: Sequence[str], data: Data, root: Path | None = None
+) -> Source:
     if kind == "parquet":
-        return _open_parquet(names, paths, data)
+        return _open_parquet(names, paths, data, root=root)
     _refuse_columns(data, "tar files have no columns")
     return TarSource(names, paths, label=data.label_column)
 
 
 def _open_parquet(
-    names: Sequence[str], paths: Sequence[str], data: Data, features: Any = None, filesystem: Any = None
+    names: Sequence[str],
+    paths: Sequence[str],
+    data: Data,
+    features: Any = None,
+    filesystem: Any = None,
+    root: Path | None = None,
 ) -> ParquetSource:
+    """Open Parquet files; `root` is the user's own folder, below which rows may name image files."""
     source = ParquetSource(
-        names, paths, choose=lambda schema: choose_columns(schema, data, features), filesystem=filesystem
+        names,
+        paths,
+        choose=lambda schema: choose_columns(schema, data, features, paths=root is not None),
+        filesystem=filesystem,
+        root=root,
     )
     if not source.has_labels:
         source.notes += _unused_labels(source.footers[0].schema.to_arrow_schema(), data)
@@ -325,16 +449,41 @@ def _data_files(root: Path, found: _Found, data: Data) -> dict[str, list[str]]:
     from datasets import load_dataset_builder
 
     module, ours = {"parquet": ("parquet", found.parquet), "tar": ("webdataset", found.tar)}[found.kind]
-    base = str(root.resolve())
-    builder: Any = _builder(Data(path=base, name=data.name))
-    if module not in type(builder).__module__:  # there are more files of another kind, such as one JSON per shard
-        builder = load_dataset_builder(module, data_dir=base)
-    splits: dict[str, list[str]] = {}
-    for split, paths in builder.config.data_files.items():
-        names = [Path(os.path.relpath(path, base)).as_posix() for path in paths]
-        if inside := [name for name in names if name in set(ours)]:
-            splits[str(split)] = inside
+    with _taken_literally(root.resolve(), ours) as base:
+        builder: Any = _builder(Data(path=base, name=data.name))
+        if module not in type(builder).__module__:  # there are more files of another kind, such as one JSON per shard
+            builder = load_dataset_builder(module, data_dir=base)
+        splits: dict[str, list[str]] = {}
+        for split, paths in builder.config.data_files.items():
+            names = [Path(os.path.relpath(path, base)).as_posix() for path in paths]
+            if inside := [name for name in names if name in set(ours)]:
+                splits[str(split)] = inside
     return splits
+
+
+_PATTERN = re.compile(r"[][*?{}!~]|::|://")
+"""What `datasets` and fsspec do not take literally in a path."""
+
+
+@contextmanager
+def _taken_literally(folder: Path, files: Iterable[str]) -> Iterator[str]:
+    """Yield a folder of the same file names whose own path is no pattern: itself, or a copy of names and README."""
+    if not _PATTERN.search(str(folder)):
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="hf_mae_") as temporary:
+        copy = Path(temporary).resolve()
+        if _PATTERN.search(str(copy)):
+            raise ValueError(
+                f"data.path={str(folder)!r} holds a character such as [ or *, and so does the folder for temporary "
+                f"files {str(copy)!r}; rename one of them (the latter by TMPDIR)"
+            )
+        for name in files:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).touch()
+        if (readme := folder / "README.md").is_file():
+            shutil.copyfile(readme, copy / "README.md")
+        yield str(copy)
 
 
 # ------------------------------------------------------------------------------------------------ the Hub
@@ -352,7 +501,9 @@ def _open_hub(data: Data, wish: _Wish) -> Source:
         return _open_prepared(data, wish, data.revision, f"{module} files outside the repository")
     parsed = [f for f in files if f is not None]
     repo, revision = parsed[0].repo, _commit(parsed[0].repo, parsed[0].revision)
-    names = [f.path for f in parsed]
+    tables = sorted({f.path for urls in data_files.values() for f in map(_parse, urls) if f and _is_table(f.path)})
+    tables = tables if module == "imagefolder" else []
+    names = [f.path for f in parsed if f.path not in tables]
     endings = {os.path.splitext(name)[1].lower() for name in names}
 
     if module == "parquet" and data.streaming:
@@ -366,20 +517,27 @@ def _open_hub(data: Data, wish: _Wish) -> Source:
     elif module == "webdataset" and endings == {".tar"}:
         source = _open_indexed("tar", names, _download(repo, revision, names), data)
         source.notes.append("downloaded to the Hub cache: a remote tar has no index to read by ranges")
-    elif module == "imagefolder" and endings <= EXTENSIONS:
-        _refuse_folder_columns(data)
+    elif module == "imagefolder" and endings <= EXTENSIONS and (data.streaming or not tables):
+        # A downloaded copy of images with tables is prepared below, in the order of the rows, as it always was.
         all_files = {s: [f.path for f in map(_parse, urls) if f] for s, urls in data_files.items()}
-        cuts = {s: _split_prefix(s, files) for s, files in all_files.items()}
-        classes = _classes(name[len(cuts[s]) :] for s, files in all_files.items() for name in files)
+        images = {s: [name for name in files if not _is_table(name)] for s, files in all_files.items()}
+        cuts = {s: _split_prefix(s, files) for s, files in images.items() if files}
+        classes = _classes(name[len(cuts[s]) :] for s, files in images.items() for name in files)
         paths = _download(repo, revision, names)
-        root, cut = Path(paths[0]).parents[names[0].count("/")] / cuts[chosen], len(cuts[chosen])
-        sized = [(name[cut:], os.path.getsize(path)) for name, path in zip(names, paths, strict=True)]
-        source = FolderSource(root, sized, classes=classes if data.label_column != "none" else [])
+        root, cut = Path(paths[0]).parents[names[0].count("/")], cuts[chosen]
+        _download(repo, revision, tables)
+        table = _table(root, tables, {name for files in images.values() for name in files}, data)
+        sized = [(name, os.path.getsize(path)) for name, path in zip(names, paths, strict=True)]
+        source = _folder_source(root, cut, sized, classes, table, data)
         source.notes.append("downloaded to the Hub cache: one request an image would be slower")
     else:
         return _open_prepared(data, wish, revision, f"{module} files ({', '.join(sorted(endings))})")
     source.revision = revision
     return _named(source, f"{data.path} on the Hub, split {chosen}")
+
+
+def _is_table(name: str) -> bool:
+    return name.rpartition("/")[2] in METADATA
 
 
 def _split_prefix(split: str, names: Sequence[str]) -> str:
@@ -440,7 +598,7 @@ def _builder(data: Data) -> Any:
 
     # It warns of every README without metadata, which is no one's mistake here.
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
-    path = Path(data.path).expanduser()
+    path = local_path(data.path)
     named = f"data.path={data.path!r}"
     local = path.exists()
     if not local and not may_be_hub_id(data.path):
@@ -538,7 +696,12 @@ def _open_prepared(data: Data, wish: _Wish, revision: str | None, what: str) -> 
     from datasets import DownloadMode, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    local = Path(data.path).expanduser()
+    local = local_path(data.path)
+    if local.exists() and _PATTERN.search(str(local.resolve())):
+        raise ValueError(
+            f"data.path={data.path!r}: {what} are read by `datasets`, which takes [ ] * ? {{ }} and :: in a path for a "
+            "pattern; rename the folder, or link to it under another name"
+        )
     try:
         prepared = patient(
             f"preparing {data.path}",
@@ -606,7 +769,7 @@ def _choose_split(wish: _Wish, available: Sequence[str], data: Data) -> str:
 
 
 def choose_columns(
-    schema: pa.Schema, data: Data, features: Any | None = None
+    schema: pa.Schema, data: Data, features: Any | None = None, *, paths: bool = False
 ) -> tuple[str, str | None, list[str] | None]:
     """Find the column of encoded images, and that of integer labels.
 
@@ -616,6 +779,7 @@ def choose_columns(
         schema: of the files.
         data: `image_column` and `label_column` are the wishes; label `none` ignores labels.
         features: `datasets.Features` from elsewhere (a README); None reads them from the schema.
+        paths: where no column holds encoded images, take one of text that is named as one of paths.
 
     Returns:
         (image column, label column or None, class names or None).
@@ -629,6 +793,7 @@ def choose_columns(
     columns = {name: schema.field(name).type for name in schema.names}
     listing = ", ".join(f"{name} ({type_name(kind)})" for name, kind in columns.items())
     encoded = [name for name, kind in columns.items() if holds_bytes(kind)]
+    texts = [name for name, kind in columns.items() if paths and pa.types.is_string(kind)]
 
     image = data.image_column
     if image is None:
@@ -636,10 +801,11 @@ def choose_columns(
         structs = [name for name in encoded if pa.types.is_struct(columns[name])]
         candidates = typed or structs or encoded
         by_name = [name for wish in IMAGE_NAMES for name in candidates if name.lower() == wish]
-        image = next(_first(by_name, typed, candidates if len(candidates) == 1 else []), None)
+        of_paths = [name for wish in (*IMAGE_NAMES, *PATH_NAMES) for name in texts if name.lower() == wish]
+        image = next(_first(by_name, typed, candidates if len(candidates) == 1 else [], of_paths), None)
         if image is None:
             raise ValueError(f"no column is clearly one of encoded images: {listing}; name it with --data.image-column")
-    elif image not in encoded:
+    elif image not in encoded and image not in texts:
         why = "is not a column" if image not in columns else f"holds {type_name(columns[image])}, not encoded images"
         raise ValueError(f"data.image_column={image!r} {why}; the columns are {listing}")
 
@@ -670,7 +836,7 @@ def make_integers(data: Data, column: str, kind: str) -> str:
 
     `class_encode_column` is not advised: on a DatasetDict it numbers the classes of every split by themselves.
     """
-    path = Path(data.path).expanduser()
+    path = local_path(data.path)
     splits = True
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         load, splits = f"load_from_disk({data.path!r})", (path / "dataset_dict.json").exists()

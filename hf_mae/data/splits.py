@@ -326,7 +326,7 @@ def check_splits(splits: Splits, source: Source, named: str) -> None:
     """
     here = {"fingerprint": source.fingerprint, "rows": int(source.sizes.sum())}
     for name, value in here.items():
-        if splits.of[name] != value:
+        if splits.of[name] not in (value, source.former_fingerprint):
             raise ValueError(
                 f"data.splits={named!r} was made for data with {name} {splits.of[name]!r}, and {source.where} has "
                 f"{value!r}: files were added, removed or changed, or the data are read in another way (streamed, "
@@ -360,7 +360,10 @@ class Subset(Source):
         self.fingerprint = fingerprint("subset", base.fingerprint, *digests)
         self.kind, self.num_shards, self.bytes_per_row = base.kind, base.num_shards, base.bytes_per_row
         self.has_labels, self.label_names = base.has_labels, base.label_names
-        self.revision, self.schema = base.revision, base.schema
+        self.revision, self.schema, self.remote = base.revision, base.schema, base.remote
+        self.pixel_range, self.why_unlabelled = base.pixel_range, base.why_unlabelled
+        if base.former_fingerprint is not None:
+            self.former_fingerprint = fingerprint("subset", base.former_fingerprint, *digests)
         self.where = where or f"{len(self.rows):,} rows of {base.where}"
         self.notes = [*base.notes, f"{len(self.rows):,} of {int(base.sizes.sum()):,} rows"]
 

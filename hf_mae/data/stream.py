@@ -74,7 +74,8 @@ def loader_state(
         repeats: samples made of each image.
         repeat_augment: places that an image takes in a row.
     """
-    return {
+    former = source.former_fingerprint
+    return ({} if former is None else {"former_fingerprint": former}) | {
         "seed": order.seed,
         "lanes": order.lanes,
         "window": order.window,
@@ -98,7 +99,8 @@ def check_state(saved: Mapping[str, Any], current: Mapping[str, Any], cursor: in
     """
     saved = {"repeats": 1, "repeat_augment": 1, **saved}  # the first checkpoints do not say
     for name in ("rows", "fingerprint", "seed", "remainder", "lanes", "window", "repeats", "repeat_augment"):
-        if saved[name] != current[name]:
+        same = saved[name] == current[name]
+        if not same and not (name == "fingerprint" and saved[name] == current.get("former_fingerprint")):
             what = (
                 "the data has changed (its files, or data.splits)"
                 if name in ("rows", "fingerprint")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hf_mae.data.formats import Chunk, Source
@@ -164,12 +165,17 @@ class WholeSplit:
                 at = len(labels)
                 labels.append(int(chunk.labels[row]))
                 try:
-                    image = decode_image(chunk.images[row], self._channels, max_pixels=self._max_pixels)
+                    image = self._image(chunk, row)
                 except ImageError as error:
                     failures[at] = chunk.error or str(error)
                     continue
                 out[at] = eval_image(image, self._size, self._crop_pct)
         return _Decoded(labels, failures)
+
+    def _image(self, chunk: Chunk, row: int) -> Image.Image:
+        return decode_image(
+            chunk.images[row], self._channels, max_pixels=self._max_pixels, pixel_range=self.source.pixel_range
+        )
 
     def _finish(self, start: int, pixels: npt.NDArray[np.uint8], jobs: Sequence[Future[_Decoded]]) -> dict[str, Tensor]:
         labels: list[int] = []
@@ -201,7 +207,7 @@ class WholeSplit:
             ImageError: it cannot be decoded.
         """
         number, at = self._place(row)
-        image = decode_image(self.source.read(number).images[at], self._channels, max_pixels=self._max_pixels)
+        image = self._image(self.source.read(number), at)
         return torch.from_numpy(eval_image(image, self._size, self._crop_pct).copy())
 
     def check(self) -> None:
@@ -213,9 +219,9 @@ class WholeSplit:
         bad: dict[tuple[str, int], str] = {}
         for number in range(len(self.source.sizes)):
             chunk = self.source.read(number)
-            for row, image in enumerate(chunk.images):
+            for row in range(len(chunk.images)):
                 try:
-                    decode_image(image, self._channels, max_pixels=self._max_pixels)
+                    self._image(chunk, row)
                 except ImageError as error:
                     bad[self.source.describe(number, row)] = chunk.error or str(error)
                     continue

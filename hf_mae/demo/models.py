@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_mae import evaluate
-from hf_mae.data.images import ImageError, decode_image, eval_image
+from hf_mae.data.images import ImageError, Range, decode_image, eval_image, stated_range
 from hf_mae.data.order import NOISE, uniforms
 from hf_mae.evaluation.reconstruction import reconstruct
 from hf_mae.models.configuration_mae import height_width
@@ -46,12 +46,14 @@ class Reconstructor:
         model: with its decoder, in evaluation mode.
         mean: per channel, of the input scaled to [0, 1].
         std: per channel, likewise.
+        pixel_range: stored values that became black and white in training, see `hf_mae.data.images.decode_image`.
     """
 
     name: str
     model: MAEForPreTraining
     mean: Sequence[float]
     std: Sequence[float]
+    pixel_range: Range | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Classifier:
         classes: in the order of its scores.
         channels: colour channels of its input.
         scores: an upright picture -> [classes], each in [0, 1].
+        pixel_range: stored values that became black and white in training, see `hf_mae.data.images.decode_image`.
         each_on_its_own: every class has its own yes or no (trained with BCE): scores do not add up to 1.
     """
 
@@ -71,6 +74,7 @@ class Classifier:
     channels: int
     scores: Callable[[Image.Image], Tensor]
     each_on_its_own: bool
+    pixel_range: Range | None = None
 
 
 def load_reconstructor(name: str) -> Reconstructor:
@@ -115,7 +119,7 @@ def reconstruct_picture(
         )
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed={seed:.16g} is out of range; take 0 to {MAX_SEED}")
-    pixels = eval_image(open_picture(path, config.num_channels), size)  # [C, H, W]
+    pixels = eval_image(open_picture(path, config.num_channels, reconstructor.pixel_range), size)  # [C, H, W]
     drawn = uniforms(num_uniforms(strategy, grid), seed, np.zeros(1, np.int64), np.zeros(1, np.int64), NOISE)
     noise = mask_noise(strategy, torch.from_numpy(drawn).float(), grid, config.mask_ratio)
     # The same weights under another config: two visitors at once do not share their settings.
@@ -162,7 +166,7 @@ def load_classifier(name: str) -> Classifier:
         logits = task.logits({"pixel_values": pixels})[0].float()
         return logits.sigmoid() if each else logits.softmax(-1)
 
-    return Classifier(shown_name(name), judged.names, judged.channels, scores, each)
+    return Classifier(shown_name(name), judged.names, judged.channels, scores, each, task.pixel_range)
 
 
 def _load_stock(folder: Path | str, name: str) -> Classifier:
@@ -191,7 +195,8 @@ def _load_stock(folder: Path | str, name: str) -> Classifier:
         return logits.sigmoid() if each else logits.softmax(-1)
 
     channels = 1 if getattr(model.config, "num_channels", 3) == 1 else 3
-    return Classifier(shown_name(name), [labels[i] for i in sorted(labels)], channels, scores, each)
+    names = [labels[i] for i in sorted(labels)]
+    return Classifier(shown_name(name), names, channels, scores, each, stated_range(processor))
 
 
 @torch.no_grad()
@@ -201,7 +206,7 @@ def classify_picture(classifier: Classifier, path: str | Path, *, top: int = 5) 
     Raises:
         ValueError: the file is no picture.
     """
-    scores = classifier.scores(open_picture(path, classifier.channels))
+    scores = classifier.scores(open_picture(path, classifier.channels, classifier.pixel_range))
     values, places = scores.topk(min(top, len(scores)))
     best: dict[str, float] = {}
     for value, place in zip(values.tolist(), places.tolist(), strict=True):
@@ -210,14 +215,14 @@ def classify_picture(classifier: Classifier, path: str | Path, *, top: int = 5) 
     return best
 
 
-def open_picture(path: str | Path, channels: int) -> Image.Image:
-    """Read a picture of any size and mode: upright, mode RGB, or L for one channel.
+def open_picture(path: str | Path, channels: int, pixel_range: Range | None = None) -> Image.Image:
+    """Read a picture of any size and mode: upright, mode RGB, or L for one channel; its values mapped as in training.
 
     Raises:
         ValueError: the file is no picture, or too large.
     """
     try:
-        return decode_image(Path(path).read_bytes(), channels)
+        return decode_image(Path(path).read_bytes(), channels, pixel_range=pixel_range)
     except ImageError as error:
         raise ValueError(f"this picture cannot be used: {error}; take a JPEG, PNG or WebP file") from error
 

@@ -399,6 +399,8 @@ def write_timm_folder(folder: Path, spec: TimmSpec, weights: Mapping[str, Tensor
         config["train_input_size"] = [spec.channels, *spec.image_size]
     if spec.loss == "bce":
         config["problem_type"] = "multi_label_classification"
+    if spec.pixel_range is not None:
+        config["pixel_range"] = list(spec.pixel_range)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(

@@ -40,6 +40,7 @@ class TimmSpec:
         mean: per-channel mean of the input scaled to [0, 1].
         std: per-channel standard deviation of the same.
         loss: what the scores were trained for: with `bce` each class is read by its sigmoid.
+        pixel_range: stored values that become black and white, see `hf_mae.recipes.base.Data`.
         model_args: what `timm.create_model` needs besides classes, channels and the image size of ViTs.
     """
 
@@ -53,6 +54,7 @@ class TimmSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     loss: Literal["ce", "bce"] = "ce"
+    pixel_range: tuple[float, float] | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -168,6 +170,7 @@ def _spec(config: Mapping[str, Any], name: str) -> TimmSpec:
         mean=tuple(cfg.get("mean", (0.485, 0.456, 0.406))),
         std=tuple(cfg.get("std", (0.229, 0.224, 0.225))),
         loss="bce" if config.get("problem_type") == "multi_label_classification" else "ce",
+        pixel_range=tuple(config["pixel_range"]) if config.get("pixel_range") else None,
         model_args=model_args,
     )
 

@@ -94,8 +94,8 @@ class Data:
     image_column: str | None = None
     """Column of encoded images; None finds it."""
     label_column: str | None = None
-    """Column of integer labels: what a classifier learns, and what the monitors of pretraining use. None finds it,
-    `none` ignores labels."""
+    """Column of labels: what a classifier learns, and what the monitors of pretraining use; integers, or text in the
+    metadata table of an image folder. None finds it, `none` ignores labels and with them every metadata table."""
     lanes: int | None = None
     """Parallel reading positions of the order; None is 64, fewer if `window_bytes` is exceeded."""
     window_rows: int = 8192
@@ -105,9 +105,13 @@ class Data:
     remainder: Literal["carry", "drop"] = "carry"
     """What happens to the last `rows % global_batch` rows of an epoch: open the next epoch, or are left out of it."""
     max_bad_fraction: float = 0.01
-    """Stop when more than this fraction of the rows cannot be decoded."""
+    """Stop when more than this fraction of the rows cannot be decoded. Below 1,000 rows one damaged image is allowed,
+    whatever the fraction, unless it is 0."""
     max_pixels: int = 89_478_485
     """Refuse to decode images with more pixels than this (decompression bombs)."""
+    pixel_range: tuple[float, float] | None = None
+    """Stored values (LOW, HIGH) that become black and white, for images that do not fill 8 or 16 bits: `0 4095` for
+    12-bit X-rays, `-1024 1023` for CT, `0 1` for floats. Values beyond are clipped. None is the range of the type."""
     workers: Literal["thread", "process"] = "thread"
     """What the `num_workers` decoders are. Neither kind nor number changes any batch."""
     decoder: Literal["exact", "fast"] = "exact"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -48,10 +49,15 @@ class ImageTask(nn.Module):
         model: takes normalised images.
         mean: per-channel mean of the input scaled to [0, 1].
         std: per-channel standard deviation of the same.
+
+    Attributes:
+        pixel_range: stored values (low, high) that became 0 and 255 before, see `hf_mae.recipes.base.Data`; model
+            folders say it. None is the range of the files' type.
     """
 
     mean: Tensor
     std: Tensor
+    pixel_range: tuple[float, float] | None = None
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -115,7 +121,7 @@ class EncoderTask(ImageTask):
             "do_normalize": True,
             "image_mean": self.mean.flatten().tolist(),
             "image_std": self.std.flatten().tolist(),
-        }
+        } | ({} if self.pixel_range is None else {"pixel_range": list(self.pixel_range)})
 
 
 class Pretraining(EncoderTask):
@@ -383,7 +389,7 @@ class TimmClassification(LabelledTask):
 
     def write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write a folder in timm's format, which timm and transformers load."""
-        write_timm_folder(folder, self.spec, weights)
+        write_timm_folder(folder, replace(self.spec, pixel_range=self.pixel_range), weights)
 
 
 def _contiguous(gradient: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from hf_mae.data.images import decode_image, eval_image
 from hf_mae.data.loader import (
     Loader,
     Stream,
+    bad_allowed,
     check_state,
     loader_state,
     steps_per_epoch,
@@ -539,6 +540,21 @@ def test_what_was_counted_changes_no_stand_in():
     # Good rows that an earlier run listed, such as those that would be the stand-ins.
     listed = [{"shard": f"shard{c}", "row": r, "reason": "x"} for c, n in enumerate(SIZES) for r in range(n)]
     assert batches(listed) == batches([])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "rows", "allowed"),
+    [(0.01, 36, 1), (0.01, 999, 9), (0.01, 1000, 10), (0.0001, 999, 1), (0.0001, 1000, 0), (0.0, 36, 0), (1.0, 3, 3)],
+)
+def test_one_damaged_image_in_a_small_data_set_is_allowed(fraction, rows, allowed):
+    assert int(bad_allowed(fraction, rows)) == allowed
+    source = FakeSource([rows // 3, rows - rows // 3])
+    with Loader(source, order_of(source, 1), global_batch=2, max_bad_fraction=fraction, **FIXED) as loader:
+        bad = [{"shard": "shard0", "row": row, "reason": "damaged"} for row in range(allowed + 1)]
+        loader.count_bad(bad[:allowed])
+        if allowed < rows:
+            with pytest.raises(RuntimeError, match="max-bad-fraction"):
+                loader.count_bad(bad)
 
 
 def test_nothing_but_bad_images_ends_at_once():

@@ -715,3 +715,119 @@ def test_real_data_sets_are_recognised(shared):
     birds = Data(path=str(shared / "data/birds"))
     assert list_splits(birds) == ["train", "validation", "test"]
     assert int(open_source(birds, "val").sizes.sum()) == 360
+
+
+# ------------------------------------------------------------------------------------------------ odd paths
+
+ODD_NAMES = ["brackets[1]", "a*b?", "{x,y}", "two words", "a::b", "~home", "[!abc]", "ü 鳥"]
+
+
+@pytest.mark.parametrize("odd", ODD_NAMES)
+@pytest.mark.parametrize("name", ["parquet", "tar", "folder"])
+def test_a_path_is_never_a_pattern(made, tmp_path, monkeypatch, name, odd):
+    root = tmp_path / odd
+    shutil.copytree(made / name, root)
+    monkeypatch.chdir(tmp_path)
+    for path in (str(root), f"{root}/", f"./{odd}/"):
+        data = Data(path=path)
+        assert list_splits(data) == ["train", "test"]
+        assert sorted(rows_of(open_source(data))) == expected(NUMBERS)
+        assert sorted(rows_of(open_source(data, "test"))) == expected(range(100, 110))
+    if name != "folder":
+        (first,) = root.glob("train-0.*")
+        assert len(rows_of(open_source(Data(path=str(first))))) == len(NUMBERS) // 2
+
+
+def test_the_same_fingerprint_whatever_the_folder_is_called(made, tmp_path):
+    shutil.copytree(made / "parquet", tmp_path / "brackets[1]/sub[2]")
+    shutil.copytree(made / "parquet", tmp_path / "plain/sub[2]")
+    prints = {open_source(Data(path=str(tmp_path / name))).fingerprint for name in ("brackets[1]", "plain")}
+    assert len(prints) == 1
+
+
+def test_a_home_folder_is_expanded_and_saved_data_sets_take_brackets(made, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(made / "parquet", tmp_path / "data[0]")
+    assert len(rows_of(open_source(Data(path="~/data[0]")))) == len(NUMBERS)
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": picture(3), "path": None}]})
+    rows.save_to_disk(str(tmp_path / "saved[1]"))
+    assert len(rows_of(open_source(Data(path=str(tmp_path / "saved[1]"))))) == 1
+
+
+def test_a_readme_counts_below_a_folder_with_brackets(made, tmp_path):
+    root = tmp_path / "data[1]"
+    shutil.copytree(made / "parquet", root)
+    text = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: all\n    path: '*.parquet'\n---\n"
+    (root / "README.md").write_text(text)
+    assert list_splits(Data(path=str(root))) == ["all"]
+    assert len(rows_of(open_source(Data(path=str(root))))) == 55
+
+
+# ------------------------------------------------------------------------------------------------ rows of paths
+
+
+def paths_only(file, names, *, column="image", struct=True, untyped=False):
+    values = [{"bytes": None, "path": name} for name in names] if struct else list(names)
+    kind = pa.struct({"bytes": pa.null() if untyped else pa.binary(), "path": pa.string()}) if struct else pa.string()
+    table = pa.table({column: pa.array(values, kind), "label": [i % 3 for i in range(len(names))]})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file, row_group_size=4)
+
+
+@pytest.mark.parametrize(("column", "struct"), [("image", True), ("image", False), ("file_name", False)])
+@pytest.mark.parametrize("where", ["beside", "below the root", "absolute"])
+def test_rows_of_paths_are_read_from_the_folder_of_the_data(tmp_path, column, struct, where):
+    root = tmp_path / "data"
+    for i in range(10):
+        file = root / ("shards/images" if where == "beside" else "images") / f"{i}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture(i))
+    names = [f"images/{i}.jpg" for i in range(10)]
+    if where == "absolute":
+        names = [str(root / name) for name in names]
+    paths_only(root / "shards/train.parquet", names, column=column, struct=struct)
+    source = open_source(Data(path=str(root)))
+    assert sorted(rows_of(source)) == expected(range(10))
+    assert source.names(0) == names[:4]
+    assert 0.5 < source.bytes_per_row / len(picture(0)) < 2
+    assert sorted(rows_of(open_source(Data(path=str(root), image_column=column)))) == expected(range(10))
+    if struct:
+        paths_only(root / "shards/train.parquet", names, untyped=True)
+        assert sorted(rows_of(open_source(Data(path=str(root))))) == expected(range(10))
+
+
+def test_rows_of_bytes_and_rows_of_paths_may_lie_in_one_file(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(picture(1))
+    rows = [{"bytes": picture(0), "path": "0.jpg"}, {"bytes": None, "path": "1.jpg"}, {"bytes": None, "path": "2.jpg"}]
+    pq.write_table(pa.table({"image": rows, "label": [0, 1, 2]}), tmp_path / "train.parquet")
+    images = open_source(Data(path=str(tmp_path))).read(0).images
+    assert [None if i is None else bytes(i) for i in images] == [picture(0), picture(1), None]
+
+
+def test_a_row_names_no_file_outside_of_the_data(tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(picture(0))
+    root = tmp_path / "data"
+    for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), f"file://{tmp_path}/secret.jpg", "a/../../secret.jpg"):
+        paths_only(root / "train.parquet", [name])
+        with pytest.raises(ValueError, match=r"train\.parquet: .*column image.*secret\.jpg.*to_parquet"):
+            open_source(Data(path=str(root)))
+
+
+def test_paths_of_files_that_are_gone_are_counted_and_refused_where_all_are(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    paths_only(tmp_path / "train.parquet", ["0.jpg", "gone.jpg"])
+    assert "1 of 2 are not there, first 'gone.jpg'" in open_source(Data(path=str(tmp_path))).summary()
+    paths_only(tmp_path / "train.parquet", ["x.jpg", "gone.jpg"], struct=False)
+    with pytest.raises(ValueError, match=r"none is there \(first 'x\.jpg'\)"):
+        open_source(Data(path=str(tmp_path)))
+
+
+def test_paths_that_came_from_the_hub_are_not_followed(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    paths_only(tmp_path / "train.parquet", ["0.jpg"])
+    with pytest.raises(ValueError, match="downloaded rows name are not read"):
+        ParquetSource(
+            ["train.parquet"], [str(tmp_path / "train.parquet")], choose=lambda schema: ("image", "label", None)
+        )

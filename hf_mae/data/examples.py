@@ -133,7 +133,7 @@ def check_pixels(source: Source, data: Data, *, refuse: bool = True) -> None:
         if data.max_bad_fraction < 1:
             (shard, row), why = next(iter(bad.items()))
             problem = (
-                f"none of the {len(bad):,} images looked at can be read, first {shard} row {row}: {why}; correct or "
+                f"none of the {len(bad):,} images looked at can be decoded, first {shard} row {row}: {why}; correct or "
                 "convert the files"
             )
     elif (limits := source.pixel_range) is not None:

@@ -44,7 +44,13 @@ from hf_mae.training.checkpoint import (
     save_checkpoint,
 )
 from hf_mae.training.console import Bar, can_draw_bars, one_writer
-from hf_mae.training.distributed import describe_world, gather_objects, make_accelerator, prepare
+from hf_mae.training.distributed import (
+    describe_world,
+    gather_objects,
+    make_accelerator,
+    prepare,
+    refuse_nondeterministic,
+)
 from hf_mae.training.loop import Evaluator, fit
 from hf_mae.training.memory import keep_freed_memory, largest_micro_batch
 from hf_mae.training.monitors import Clock, Monitor, Printer, Window, check_tracker, read_rows
@@ -171,7 +177,11 @@ def run(training: Training[Any], chosen: Chosen = None) -> Path:
     say(f"hf_mae: {recipe.name}, {describe_world(accelerator)}")
     if advice := precision_advice(recipe, accelerator.device.type):
         say(advice)
-    with one_writer(draws=accelerator.is_main_process), open_run_folder(recipe, accelerator) as out:
+    with (
+        one_writer(draws=accelerator.is_main_process),
+        open_run_folder(recipe, accelerator) as out,
+        refuse_nondeterministic(),
+    ):
         _run(training, chosen, out, accelerator, say)
         accelerator.wait_for_everyone()  # the process group stays: a sweep or a script may start another run
     return out
@@ -283,6 +293,7 @@ def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accele
 
     length = images_per_epoch(rows, images, data.remainder)
     with (
+        StopSignal(world) as stop,  # first, so that it answers until all else has ended
         Monitor(
             out,
             step=state.step if resume_from is not None else -1,
@@ -296,7 +307,6 @@ def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accele
             owes_evaluation=state.owes_evaluation,
         ) as monitor,
         _batches(training, source, order, state.step, plan, length, accelerator) as batches,
-        StopSignal(world) as stop,
     ):
         for line in batches.describe():
             say(line)

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             commands[command](arguments)
         _end_processes()
     except KeyboardInterrupt:
-        sys.stderr.write("hf-mae: interrupted before training began; nothing was changed\n")
+        sys.stderr.write("hf-mae: interrupted; what was saved before is whole\n")
         raise SystemExit(130) from None
     except BrokenPipeError:  # `hf-mae pretrain --help | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

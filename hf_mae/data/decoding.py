@@ -217,12 +217,14 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _depend_on_the_parent(worker: int) -> None:
-    """Outlive Ctrl-C and one SIGTERM, which reach the whole process group: the parent has a step to finish.
+    """Outlive Ctrl-C, SIGUSR1 and one SIGTERM, which reach the whole process group: the parent has a step to finish.
 
     But not the parent, however it ends: a worker holds what it inherited, such as the lock of the run folder. torch
     looks for the parent every five seconds; Linux tells at once.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):  # Windows has the first only
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     # The second is meant for us: it is how an exiting parent ends its children.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if sys.platform == "linux":

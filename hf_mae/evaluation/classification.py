@@ -336,7 +336,7 @@ class ClassificationQuality:
         device = self.accelerator.device
         counts = ClassCounts(len(self.names), device)
         for batch in self.batches:
-            moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            moved = {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in batch.items()}
             with self.accelerator.autocast():
                 logits = inner.logits(moved)  # [n, C]
             known = (moved["labels"] >= 0) & (moved["labels"] < len(self.label_table))

@@ -132,17 +132,18 @@ class Block(GradientCheckpointingLayer):
         return tokens + of_mlp * self.mlp(self.norm2(tokens)), weights
 
 
-def drop_path(noise: Tensor, rates: Sequence[float]) -> list[Tensor | None]:
+def drop_path(noise: Tensor, rates: Sequence[float], rate: Tensor | None = None) -> list[Tensor | None]:
     """Decide which residual branches are skipped: stochastic depth, per sample and branch.
 
     Args:
         noise: [N, 2 * blocks] uniforms in [0, 1): attention and MLP of the first block, of the second, and so on.
         rates: for each of these branches, the share of samples that skip it.
+        rate: the same as a tensor beside `noise`; None makes it, a copy that a GPU waits for.
 
     Returns:
         For each block [N, 2], 0 where a branch is skipped and 1 / (1 - rate) where not, so that its mean stays; None
         where both rates are 0.
     """
-    rate = torch.tensor(rates, dtype=noise.dtype, device=noise.device)
+    rate = torch.tensor(rates, dtype=noise.dtype, device=noise.device) if rate is None else rate.to(noise.dtype)
     scale = (noise >= rate).to(noise.dtype) / (1 - rate)  # [N, 2 * blocks]
     return [scale[:, i : i + 2] if any(rates[i : i + 2]) else None for i in range(0, len(rates), 2)]

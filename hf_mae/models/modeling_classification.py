@@ -48,7 +48,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
     # What a pretraining checkpoint has and a classifier has no use for; `norm` is left where the pool is the mean.
     _keys_to_ignore_on_load_unexpected = [r"^decoder_", r"^mask_token$", r"^encoder_mask_token$", r"^norm\."]  # noqa: RUF012
 
-    drop_path_rates: list[float]
+    drop_path_bits: Tensor
 
     def build(self) -> None:
         """Create the encoder, then `fc_norm` or not, then the head."""
@@ -69,10 +69,32 @@ class MAEForImageClassification(MAEPreTrainedModel):
         self.head = (
             linear if config.head == "linear" else nn.Sequential(nn.BatchNorm1d(D, eps=1e-6, affine=False), linear)
         )
+        # The rates beside the images, so that no forward pass copies them to a GPU and waits. As integers, their bits:
+        # a model that is cast to another type keeps them.
+        self.register_buffer(
+            "drop_path_bits", torch.zeros(2 * config.num_hidden_layers).view(torch.int32), persistent=False
+        )
         self.drop_path_rates = _rates(config)
+
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Two for each block."""
+        return self._drop_path_rates
+
+    @drop_path_rates.setter
+    def drop_path_rates(self, rates: list[float]) -> None:
+        self._drop_path_rates = rates
+        self._fill_drop_path_bits()
+
+    @torch.no_grad()
+    def _fill_drop_path_bits(self) -> None:
+        rates = torch.tensor(self.drop_path_rates, dtype=torch.float32, device="cpu")
+        self.drop_path_bits.copy_(rates.view(torch.int32))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            self._fill_drop_path_bits()  # no file has them, and loading leaves them empty
         if module is self._linear:
             self._init_linear(self._linear)
         elif isinstance(module, nn.BatchNorm1d):
@@ -120,7 +142,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
         if self.training and any(self.drop_path_rates):
             if drop_path_noise is None:
                 drop_path_noise = torch.rand(N, self.num_drop_path_draws, device=pixel_values.device)
-            scales = drop_path(drop_path_noise, self.drop_path_rates)
+            scales = drop_path(drop_path_noise, self.drop_path_rates, self.drop_path_bits.view(torch.float32))
         pos_embed = self.positions(self.pos_embed, self.grid_of(pixel_values), interpolate_pos_encoding)
         return self.encode(
             patches,

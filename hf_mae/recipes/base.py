@@ -246,6 +246,9 @@ class Engine:
     """Compile each transformer block. Takes about a minute; meant for GPUs."""
     tf32: bool = False
     """Let float32 matrix products use TensorFloat-32 on GPUs that have it: faster, about three decimal digits."""
+    deterministic: bool = False
+    """Compute on GPUs with kernels that give the same bits every time, as CPUs do anyway; slower. What has no such
+    kernel is refused. Order, crops, masks and draws are the same without it."""
     keep_freed_memory: bool = True
     """Ask glibc to keep freed memory for the next step rather than return it to the system each time."""
     checkpoint_activations: Literal["none", "gelu", "blocks"] = "none"

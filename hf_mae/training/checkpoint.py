@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -274,7 +276,14 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    try:
+        # Windows syncs only what may be written, and opens no folder: there a rename is not made to last.
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:
@@ -359,29 +368,28 @@ def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
 # ------------------------------------------------------------------------------------------------ one run per folder
 
 
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 class RunLock:
-    """An advisory lock on a run folder; the kernel drops it when the process and its children are gone."""
+    """An advisory lock on a run folder; the kernel drops it when the process and its children are gone.
+
+    Where the file system has no locks, the file tells which process took it last: one that still runs on this machine
+    is refused, and of one on another machine nothing can be known.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder / ".lock"
         self.file = self.path.open("a+")
+        self.held = False
 
-    def acquire(self) -> None:
+    def acquire(self) -> str | None:
         """Take the lock.
 
+        Returns:
+            A warning where the file system has no locks and a process of another machine may be writing, else None.
+
         Raises:
-            RuntimeError: another process on this host holds it.
+            RuntimeError: another process holds it.
         """
+        warning = None
         with suppress(ImportError):  # no fcntl on Windows
             import fcntl
 
@@ -391,23 +399,82 @@ class RunLock:
                     fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    self.file.seek(0)
-                    owner = self.file.read().strip()
+                    owner = self._owner()
                     # The decode processes of a killed run hold its lock for the moments they outlive it.
-                    if time.monotonic() < deadline and not _is_alive(owner):
+                    if time.monotonic() < deadline and (owner is None or owner.is_gone()):
                         time.sleep(0.1)
                         continue
-                    raise RuntimeError(
-                        f"{self.path.parent} is in use by process {owner or '?'}; wait for it, stop it, or choose "
-                        "another --out"
-                    ) from None
+                    raise self._in_use(owner) from None
                 except OSError:  # some network file systems have no locks
-                    return
+                    warning = self._refuse_owner()
+                    break
+        self.held = True
         self.file.seek(0)
         self.file.truncate()
-        self.file.write(str(os.getpid()))
+        self.file.write(json.dumps(asdict(_Owner.here())))
         self.file.flush()
+        return warning
 
     def release(self) -> None:
         """Give the lock back."""
+        if self.held:
+            with suppress(OSError):
+                self.file.truncate(0)
         self.file.close()
+
+    def _owner(self) -> _Owner | None:
+        """Return who took the lock last, None after a clean end."""
+        self.file.seek(0)
+        text = self.file.read()
+        with suppress(ValueError, TypeError):
+            return _Owner(int(text)) if text.strip().isdigit() else _Owner(**json.loads(text))
+        return None
+
+    def _in_use(self, owner: _Owner | None) -> RuntimeError:
+        process = "?" if owner is None else f"{owner.pid} on {owner.host}" if owner.is_elsewhere() else str(owner.pid)
+        return RuntimeError(
+            f"{self.path.parent} is in use by process {process}; wait for it, stop it, or choose another --out"
+        )
+
+    def _refuse_owner(self) -> str | None:
+        owner = self._owner()
+        if owner is None or owner == _Owner.here():
+            return None
+        if owner.is_elsewhere():
+            return (
+                f"warning: the file system of {self.path.parent} has no locks, and process {owner.pid} on {owner.host} "
+                "has not said that it has ended; two runs in one folder damage each other"
+            )
+        if not owner.is_gone():
+            raise self._in_use(owner)
+        return None
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """The process that holds a lock, as its file says."""
+
+    pid: int
+    host: str | None = None
+    """None as written by earlier versions."""
+    started: float | None = None
+    """Seconds since the epoch: process numbers are given out again."""
+
+    @classmethod
+    def here(cls) -> _Owner:
+        return cls(os.getpid(), platform.node(), psutil.Process().create_time())
+
+    def is_elsewhere(self) -> bool:
+        return self.host not in (None, platform.node())
+
+    def is_gone(self) -> bool:
+        """Return whether it has surely ended."""
+        if self.is_elsewhere():
+            return False
+        try:
+            started = psutil.Process(self.pid).create_time()
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.AccessDenied:
+            return False
+        return self.started is not None and abs(started - self.started) > 2

@@ -59,6 +59,8 @@ def make_accelerator(engine: Engine) -> Accelerator:
     has_gpu = torch.accelerator.is_available()
     if engine.precision == "fp16" and not has_gpu:
         raise ValueError("engine.precision=fp16 needs a GPU; use --engine.precision bf16 or no")
+    if engine.deterministic:
+        _be_deterministic()
     if engine.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     accelerator = Accelerator(
@@ -93,6 +95,43 @@ def make_accelerator(engine: Engine) -> Accelerator:
             "torchrun --standalone --nproc_per_node N"
         )
     return accelerator
+
+
+def _be_deterministic() -> None:
+    """Set all of torch's switches for the same bits; the first is read when CUDA makes its context.
+
+    Raises:
+        ValueError: the environment has set it to what is not deterministic.
+    """
+    if (found := os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")) not in (":4096:8", ":16:8"):
+        raise ValueError(
+            f"engine.deterministic=True needs CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8, and it is {found}; unset it"
+        )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it: only slower
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def refuse_nondeterministic() -> Iterator[None]:
+    """Say in one sentence that an operation has no deterministic kernel, where `engine.deterministic` asks for one.
+
+    Raises:
+        ValueError: torch refused an operation inside.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # "adaptive_max_pool2d_backward_cuda does not have a deterministic implementation, but you set ..."
+        said = str(error)
+        if not torch.are_deterministic_algorithms_enabled() or "deterministic" not in said:
+            raise
+        operation = said.split(" does not have ")[0] if " does not have a deterministic" in said else said.split(".")[0]
+        raise ValueError(
+            f"engine.deterministic=True: {operation} has no deterministic kernel on this device; leave "
+            "--engine.deterministic out, or take a model without it"
+        ) from error
 
 
 def _number(name: str, default: int = 1) -> int:

@@ -247,9 +247,11 @@ def _position(state: TrainState, plan: Plan) -> dict[str, Any]:
 
 
 def _to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    if device.type == "cuda":  # only a copy from pinned memory returns before it is done
+    is_cuda = device.type == "cuda"
+    if is_cuda:  # only a copy from pinned memory returns before it is done
         tensors = {name: t if t.is_pinned() else t.pin_memory() for name, t in tensors.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    # Elsewhere (MPS) a copy that is not waited for may read memory that is already used for something else.
+    return {name: tensor.to(device, non_blocking=is_cuda) for name, tensor in tensors.items()}
 
 
 def _refuse_non_finite(window: Window, accelerator: Accelerator, recipe: Recipe, monitor: Monitor) -> None:

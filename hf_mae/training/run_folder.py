@@ -10,6 +10,8 @@ import json
 import math
 import os
 import platform
+import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +42,10 @@ PACKAGES = (
     *("pillow", "simplejpeg", "pyarrow", "safetensors"),
 )
 
-BITWISE = ("processes", "micro_batch", "device", "cpu_threads")
+SHARED_WITHIN = 20.0
+"""Seconds in which a file that one node has written is to be seen by the others."""
+
+BITWISE = ("processes", "micro_batch", "device", "device_name", "cpu_threads", "cuda", "cudnn")
 """What the last bits of a sum depend on besides the recipe, as recorded in environment.json."""
 
 _OF_A_START = frozenset(
@@ -63,15 +68,19 @@ def open_run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
                 absent = [folder for folder in (out, *out.parents) if not folder.exists()]
                 (out / "checkpoints").mkdir(parents=True, exist_ok=True)
                 lock = RunLock(out)
-                lock.acquire()
+                if warning := lock.acquire():
+                    Printer(True)(warning)
                 made = absent
                 clean(out / "checkpoints")
+                for left in out.glob(".shared_*"):
+                    left.unlink(missing_ok=True)
                 (out / "stopped_by_signal").unlink(missing_ok=True)
             except RuntimeError as caught:
                 error = caught
             except OSError as caught:
                 error = ValueError(f"out={out} cannot be written ({caught}); choose another --out or free some space")
         agree(error, accelerator, f"opening {out}")
+        _require_one_folder(out, accelerator)
         yield out
         made = []
     except OSError as caught:
@@ -101,6 +110,46 @@ def _remove_failed_start(out: Path, made: list[Path]) -> None:
     with suppress(OSError):  # the folders above may hold other runs by now
         for folder in made[1:]:
             folder.rmdir()
+
+
+def _require_one_folder(out: Path, accelerator: Accelerator) -> None:
+    """Refuse a run folder that is another one on some machine. A collective: call it on all ranks.
+
+    Rank 0 writes a file under a name of its own, which no file system has cached, and every rank has to see it.
+
+    Raises:
+        ValueError: on every rank, with the machines and the path.
+    """
+    if accelerator.num_processes == 1:
+        return
+    error, token = None, out / f".shared_{secrets.token_hex(8)}"
+    if accelerator.is_main_process:
+        try:
+            token.touch()
+        except OSError as caught:
+            error = ValueError(f"out={out} cannot be written ({caught}); choose another --out or free some space")
+    agree(error, accelerator, f"opening {out}")
+    token = out / gather_objects(token.name, accelerator)[0]
+    deadline = time.monotonic() + SHARED_WITHIN
+    while not (seen := _is_there(token)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    everyone = gather_objects((platform.node(), str(out.absolute()), seen), accelerator)
+    if accelerator.is_main_process:
+        token.unlink(missing_ok=True)
+    first, path, _ = everyone[0]
+    if missing := [f"{there} on {host}" for host, there, seen in everyone if not seen]:
+        raise ValueError(
+            f"out={out}: the run folder is not shared: what rank 0 wrote to {path} on {first} is not in "
+            f"{', '.join(dict.fromkeys(missing))}; choose an --out that all nodes share, written as an absolute "
+            "path"
+        )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a folder that may not be read, before Python 3.12
+        return False
 
 
 def find_start(
@@ -212,6 +261,7 @@ def record_start(
         "pids": pids,
         "distributed_type": str(accelerator.distributed_type),
         "device": str(accelerator.device),
+        **describe_device(accelerator.device),
         "cpu_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "platform": platform.platform(),
@@ -229,7 +279,8 @@ def record_start(
     if starts:
         packages = ("torch", "pillow", "simplejpeg")  # what computes and what decodes
         before, now = (
-            {k: s[k] for k in BITWISE} | {k: s["packages"].get(k, "absent") for k in packages}
+            # Older versions recorded less: what is not there has not changed.
+            {k: s.get(k, start[k]) for k in BITWISE} | {k: s["packages"].get(k, "absent") for k in packages}
             for s in (starts[-1], start)
         )
         if changed := [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]:
@@ -237,6 +288,24 @@ def record_start(
     write_atomic(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
     if not starts:
         write_atomic(out / "recipe.json", json.dumps(to_dict(recipe), indent=2) + "\n")
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Return what a GPU and its software are, for environment.json; None where a field does not apply."""
+    facts: dict[str, Any] = dict.fromkeys(("device_name", "gpus_visible", "driver", "cuda", "cudnn", "hip"))
+    if device.type != "cuda":
+        return facts
+    driver = Path("/proc/driver/nvidia/version")
+    version_line = driver.read_text() if driver.is_file() else ""
+    number = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", version_line)
+    return facts | {
+        "device_name": torch.cuda.get_device_name(device),
+        "gpus_visible": torch.cuda.device_count(),
+        "driver": number[0] if number else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,
+        "hip": torch.version.hip,
+    }
 
 
 def require_same_on_all_ranks(values: Mapping[str, Any], accelerator: Accelerator) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -221,3 +225,75 @@ def test_a_lock_left_by_a_dead_process_is_waited_for(tmp_path):
     lock = RunLock(tmp_path)
     lock.acquire()
     lock.release()
+
+
+def test_a_system_that_opens_no_folders_saves_checkpoints(toy, monkeypatch):
+    """Windows: `os.open` of a folder fails, and only what is open for writing can be synced."""
+    real, opened = os.open, {}
+
+    def windows(path, flags, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        opened[descriptor := real(path, flags, *args, **kwargs)] = flags
+        return descriptor
+
+    def sync(descriptor):
+        if not opened.get(descriptor, os.O_RDWR) & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)  # how rmtree goes about it there
+    monkeypatch.setattr(os, "open", windows)
+    monkeypatch.setattr(os, "fsync", sync)
+    toy.train()
+    assert damage(toy.checkpoints()[-1]) is None
+    assert (toy.out / "last").read_text() == "step_00000020\n"
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_a_living_run_is_seen_and_a_dead_one_forgotten(tmp_path):
+    script = (
+        "import sys, time, fcntl\nfrom pathlib import Path\nfrom hf_mae.training.checkpoint import RunLock\n"
+        "def flock(*a): raise OSError(37, 'No locks available')\nfcntl.flock = flock\n"
+        f"lock = RunLock(Path({str(tmp_path)!r}))\nlock.acquire()\nprint('taken', flush=True)\ntime.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "taken\n"
+        lock = RunLock(tmp_path)
+        with pytest.raises(RuntimeError, match=f"in use by process {other.pid}"):
+            lock.acquire()
+        lock.release()
+        other.kill()
+    lock = RunLock(tmp_path)
+    assert lock.acquire() is None  # nobody is kept out after a crash
+    lock.release()
+    assert (tmp_path / ".lock").read_text() == ""
+
+
+@pytest.mark.usefixtures("without_locks")
+@pytest.mark.parametrize(
+    ("text", "warned"),
+    [
+        ('{"pid": 12, "host": "another", "started": 1.0}', True),
+        (json.dumps({"pid": os.getppid(), "host": platform.node(), "started": 1.0}), False),  # a number given out again
+        ("999999999", False),  # as earlier versions wrote it
+        ("torn {", False),
+        ("", False),
+    ],
+)
+def test_without_locks_what_was_left_behind_keeps_nobody_out(tmp_path, text, warned):
+    (tmp_path / ".lock").write_text(text)
+    lock = RunLock(tmp_path)
+    warning = lock.acquire()
+    lock.release()
+    assert (warning is not None) == warned
+    assert not warned or "process 12 on another" in str(warning)

@@ -130,6 +130,35 @@ def test_two_machines_train_what_one_process_trains(alone, tmp_path):
         assert torch.equal(weights(tmp_path / "run")[key], value)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_nodes_that_see_different_run_folders_are_refused_with_host_and_path(tmp_path):
+    """Two agents of torchrun on loopback, each started in a folder of its own: a relative --out is another folder."""
+    nodes = []
+    for rank in (0, 1):
+        (tmp_path / f"node{rank}").mkdir()
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank",
+            str(rank), "--rdzv_backend", "static", "--master_addr", "localhost", "--master_port", "29741",
+            str(ROOT / "scripts" / "pretrain.py"), *RUN[1:], "--out", "run",
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        nodes.append(
+            subprocess.Popen(
+                command, cwd=tmp_path / f"node{rank}", env=environment,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
+    said = [node.communicate(timeout=180)[0] for node in nodes]
+    for text in said:
+        error = next(line for line in text.splitlines() if line.startswith("hf-mae: error"))
+        assert "out=run" in error
+        assert f"{tmp_path}/node1/run on {os.uname().nodename}" in error
+        assert "--out" in error.split(";")[1]
+        assert "free some space" not in text
+    assert not list((tmp_path / "node0" / "run").glob(".shared_*"))
+
+
 def test_every_config_is_tested_and_names_fields_that_accelerate_knows():
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -251,3 +280,51 @@ def test_idle_gpus_are_said_and_the_model_is_named(monkeypatch, local, idle):
     assert "NVIDIA H100" in said
     assert (idle is None) == ("GPUs used" not in said)
     assert idle is None or idle in said
+
+
+@pytest.fixture
+def determinism():
+    """What torch's switches were is put back."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.backends.cudnn.deterministic = before[1]
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.usefixtures("determinism")
+def test_deterministic_sets_the_switches_of_torch(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    distributed.make_accelerator(Engine())
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    distributed.make_accelerator(Engine(deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(ValueError, match="CUBLAS_WORKSPACE_CONFIG"):
+        distributed.make_accelerator(Engine(deterministic=True))
+
+
+@pytest.mark.usefixtures("determinism")
+def test_what_has_no_deterministic_kernel_is_refused_in_one_sentence():
+    def without_kernel():
+        return torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2))
+
+    with distributed.refuse_nondeterministic():
+        without_kernel()
+    distributed.make_accelerator(Engine(deterministic=True))
+    with (
+        pytest.raises(ValueError, match=r"engine\.deterministic=True: put_") as raised,
+        distributed.refuse_nondeterministic(),
+    ):
+        without_kernel()
+    assert "--engine.deterministic" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(RuntimeError, match="another"), distributed.refuse_nondeterministic():
+        raise RuntimeError("another")

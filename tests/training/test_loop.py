@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mae.recipes.base import Optim
+from hf_mae.training import loop
 from hf_mae.training.checkpoint import TrainState
 
 
@@ -60,7 +61,7 @@ def test_a_nan_is_caught_before_a_checkpoint_even_between_log_steps(toy):
     assert run.checkpoints() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_saves_and_ends_the_run_cleanly(toy, number):
     assert toy.train(on_batch=toy.interrupt(7, number)) == "stopped"
     assert toy.state.step == 7
@@ -258,3 +259,28 @@ def test_training_rows_of_the_step_whose_evaluation_is_owed_stay(toy):
     assert run.train(on_batch=toy.interrupt(7, signal.SIGTERM)) == "stopped"
     run.train(resume=run.checkpoints()[-1])
     assert clockless(run) == clockless(straight)
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True), ("cpu", True)])
+def test_only_copies_from_pinned_memory_to_cuda_are_not_waited_for(device, waits):
+    """Anywhere else the memory may be used again before the copy is made."""
+
+    class Seen:
+        def __init__(self):
+            self.pinned, self.options = False, []
+
+        def is_pinned(self):
+            return self.pinned
+
+        def pin_memory(self):
+            self.pinned = True
+            return self
+
+        def to(self, device, non_blocking=False):
+            self.options.append(non_blocking)
+            return self
+
+    tensor = Seen()
+    loop._to_device({"pixel_values": tensor}, torch.device(device))
+    assert tensor.options == [not waits]
+    assert tensor.pinned == (not waits)

@@ -69,6 +69,11 @@ class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
     forward_methods = ("features", "logits", "attention")
     load_with: ClassVar[str] = "hf_mae.MAEForImageClassification.from_pretrained"
 
+    def find_weights(self) -> None:
+        """Refuse an encoder that is not there."""
+        if self.recipe.init_from:
+            model_folder(self.recipe.init_from, field="init_from")
+
     def build(self, source: Source, resume_from: Path | None, accelerator: Accelerator, say: Printer) -> nn.Module:
         """Return the task: the model of the checkpoint, of the pretrained encoder, or a new one."""
         recipe, id2label = self.recipe, dict(enumerate(self.names))

@@ -96,6 +96,9 @@ class Training(ABC, Generic[R]):
         self.recipe = recipe
         self.origin: dict[str, Any] = {}
 
+    def find_weights(self) -> None:
+        """Refuse a model to start from that is not there, before the data are opened; not called at resume."""
+
     def labels(self, source: Source, say: Printer) -> dict[str, Any]:
         """Return what of the labels decides the run; compared at resume. Refuses what cannot be trained on."""
         return {}
@@ -190,6 +193,9 @@ def run(training: Training[Any], chosen: Chosen = None) -> Path:
 def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accelerator, say: Printer) -> None:
     recipe: Recipe = training.recipe
     resume_from = find_start(recipe, out, accelerator, say, as_saved=partial(_with_saved_batch, chosen=chosen))
+
+    if resume_from is None:
+        training.find_weights()
 
     # What is read, in which order, and for how long.
     data = recipe.data

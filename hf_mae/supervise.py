@@ -54,6 +54,11 @@ class SupervisedTraining(LabelledTraining[SuperviseRecipe]):
     forward_methods = ("features", "logits")
     load_with: ClassVar[str] = "transformers.AutoModelForImageClassification.from_pretrained"
 
+    def find_weights(self) -> None:
+        """Refuse weights that are not there."""
+        if self.recipe.init_from:
+            _weights(self.recipe.init_from)
+
     def build(self, source: Source, resume_from: Path | None, accelerator: Accelerator, say: Printer) -> nn.Module:
         """Return the task: a new model, or one that starts from `init_from`; a checkpoint's weights come later."""
         recipe, wish = self.recipe, self.recipe.model

@@ -93,6 +93,15 @@ def test_a_name_that_the_hub_forbids_ends_with_the_same_sentence(capsys):
     assert "init_from=my dir/encoder is no path on this machine and cannot be opened as a Hub id" in said
 
 
+@pytest.mark.parametrize("command", ["finetune", "probe", "supervise"])
+def test_a_slip_in_the_path_of_the_weights_is_said_before_the_data_are_opened(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_mae.run.open_source", lambda *a, **k: pytest.fail("the data were opened"))
+    with pytest.raises(SystemExit):
+        main([command, "--init-from", "./no/encoder", "--data.path", "digits", "--out", str(tmp_path / "run")])
+    assert "init_from=./no/encoder does not exist" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 HELP = {
     "pretrain": ["--data.path", "--model.mask-ratio", "--optim.base-lr", "--engine.precision"],
     "finetune": ["--init-from", "--trainable-blocks", "--augment.mixup", "--evals.split"],

@@ -128,7 +128,7 @@ class Bar(tqdm):
 
     def __str__(self) -> str:
         """Return the bar with as many parts as there is room for."""
-        state = self.format_dict
+        state: dict[str, Any] = dict(self.format_dict)
         meter: Callable[..., str] = self.format_meter
         for count in range(len(self.parts), 0, -1):
             state["postfix"] = ", ".join(self.parts[:count])

@@ -24,6 +24,7 @@ hub = HubServer()
 os.environ.update(hub.env())
 os.environ["HF_HUB_OFFLINE"] = "0"
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from samples import rows_of, write_folder, write_parquet, write_tar
@@ -189,6 +190,32 @@ def downloads() -> None:
     source = open_source(Data(path="org/g"), "test")
     assert source.label_names == ["class0", "class1", "class2"]
     assert [label for _, label in rows_of(source)] == [1, 1]
+
+    write_folder(folder / "h/train", range(9))  # as patients: the folders are not the label
+    write_folder(folder / "h/test", range(9, 12))
+    for split, numbers in (("train", range(9)), ("test", range(9, 12))):
+        rows = [f"class{i % 3}/{i:04d}.JPG,{'ill' if i % 2 else 'well'}" for i in numbers]
+        (folder / f"h/{split}/metadata.csv").write_text("\n".join(["file_name,label", *rows, ""]))
+    publish("org/h", folder / "h")
+    for split in ("train", "test"):
+        source, local = open_source(Data(path="org/h"), split), open_source(Data(path=str(folder / "h")), split)
+        assert source.label_names == local.label_names == ["ill", "well"]
+        assert rows_of(source) == rows_of(local)
+        assert source.fingerprint == local.fingerprint
+        assert "train/metadata.csv" in source.summary()
+    assert rows_of(open_source(Data(path="org/h", label_column="none"))) == [
+        (image, -1) for image, _ in rows_of(open_source(Data(path=str(folder / "h"))))
+    ]
+
+    (folder / "i").mkdir()
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    images = pa.array([{"bytes": None, "path": "/etc/passwd"}] * 4, kind)
+    pq.write_table(pa.table({"image": images}), folder / "i/train.parquet")
+    publish("org/i", folder / "i")
+    for streaming in (True, False):
+        message = error_of(lambda streaming=streaming: open_source(Data(path="org/i", streaming=streaming)))
+        assert message.startswith("ValueError: "), message
+        assert "downloaded rows name are not read" in message, message
 
     (folder / "c").mkdir()
     (folder / "c/rows.csv").write_text("image,label\nx,1\n")

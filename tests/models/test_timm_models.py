@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +186,9 @@ def test_transformers_loads_a_folder_with_equal_scores(tmp_path, spec, channels)
     spec = replace(spec, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
     model = written(tmp_path, spec)
     wrapped = AutoModelForImageClassification.from_pretrained(tmp_path)
+    # transformers may leave the weights where the file is mapped, and oneDNN sums in another order where memory is
+    # aligned otherwise (4e-7, seen with 5.24): the weights are the same, and a copy of them gives the same bits.
+    wrapped.timm_model = deepcopy(wrapped.timm_model)
     with torch.no_grad():
         assert torch.equal(wrapped(pixels(spec)).logits, model(pixels(spec)))
     assert wrapped.config.id2label == {0: "ant", 1: "bee", 2: "cat"}

@@ -10,7 +10,9 @@ from hf_mae.models.modeling_mae import MAEPreTrainedModel
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD
 from hf_mae.training.tasks import EncoderTask
 
-CARRIED = ("image_mean", "image_std", "size", "crop_size", "resample", "do_center_crop", "do_convert_rgb")
+CARRIED = (
+    *("image_mean", "image_std", "size", "crop_size", "resample", "do_center_crop", "do_convert_rgb", "pixel_range"),
+)
 """Fields of an image processor of ours that a model folder may set otherwise."""
 
 
@@ -40,6 +42,12 @@ def read_processor(
     check_channels("num_channels", channels)
     if written is not None and written.get("image_processor_type") == "BitImageProcessor":
         processor |= {name: written[name] for name in CARRIED if name in written}
+        if stated := written.get("pixel_range"):
+            say(
+                f"warning: the model was trained with --data.pixel-range {stated[0]:g} {stated[1]:g}; "
+                "preprocessor_config.json says so, and stock image processors and pipelines do not apply it: give them "
+                "8-bit images made by hf_mae.data.images.decode_image(data, pixel_range=...)"
+            )
     elif written is not None and {"image_mean", "image_std"} <= written.keys():
         processor |= {name: written[name] for name in ("image_mean", "image_std")}
         say(

@@ -57,6 +57,7 @@ def as_timm(model: MAEPreTrainedModel, folder: Path, processor: dict[str, Any], 
         mean=tuple(processor["image_mean"]),
         std=tuple(processor["image_std"]),
         loss="bce" if bce else "ce",
+        pixel_range=tuple(processor["pixel_range"]) if processor.get("pixel_range") else None,
         model_args={
             "embed_dim": config.hidden_size,
             "depth": config.num_hidden_layers,

@@ -22,9 +22,11 @@ from hf_mae.data.order import Order
 from hf_mae.data.sources import open_source
 from hf_mae.data.whole import WholeSplit
 from hf_mae.evaluate import load_classifier
+from hf_mae.exporting.processor import read_processor
+from hf_mae.exporting.timm_vit import as_timm
 from hf_mae.models.timm_models import create
 from hf_mae.models.timm_spec import TimmSpec, read_source
-from hf_mae.recipes.base import Augment, Data, from_dict, to_dict
+from hf_mae.recipes.base import Augment, Data, changed_fields, from_dict, to_dict
 from hf_mae.recipes.mae import QUICKSTART
 from hf_mae.training.monitors import Printer
 from hf_mae.training.tasks import Classification, TimmClassification
@@ -309,6 +311,27 @@ def test_a_model_folder_says_its_range_and_evaluation_takes_it(tmp_path):
     task.write_model(tmp_path / "with", weights)
     for name, limits in (("without", None), ("with", (0.0, 4095.0))):
         assert load_classifier(str(tmp_path / name), None, Printer(False)).task.pixel_range == limits
+
+
+def test_an_export_says_it_too(tmp_path):
+    made = MAEForImageClassification(
+        MAEConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_channels=1)
+    )
+    task, said = Classification(made, (0.5,), (0.5,)), []
+    written = task.processor() | {"pixel_range": [0.0, 4095.0]}
+    found = read_processor(made, written, None, said.append)
+    assert found["pixel_range"] == [0.0, 4095.0]
+    assert any("--data.pixel-range 0 4095" in line for line in said)
+    assert "pixel_range" not in read_processor(made, task.processor(), None, said.append)
+    as_timm(made, tmp_path / "timm", found)
+    assert read_source(tmp_path / "timm").spec.pixel_range == (0.0, 4095.0)
+
+
+def test_a_run_does_not_go_on_with_another_range(xrays):
+    recipe = replace(QUICKSTART, data=xrays)
+    other = replace(recipe, data=replace(xrays, pixel_range=(0.0, 1023.0)))
+    assert changed_fields(recipe, other) == {"data.pixel_range": ((0.0, 4095.0), (0.0, 1023.0))}
+    assert changed_fields(recipe, recipe) == {}
 
 
 def test_so_does_a_folder_of_timm(tmp_path):

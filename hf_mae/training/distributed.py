@@ -144,17 +144,18 @@ def _is_on(name: str) -> bool:
 
 
 def _refuse_separate_tasks() -> None:
-    """Refuse several tasks of one Slurm step that no launcher has joined: each would be a whole run.
+    """Refuse several tasks of Slurm that no launcher has joined: each would be a whole run, in one folder.
 
-    A batch script and an interactive shell see SLURM_NTASKS, but are one task: SLURM_STEP_NUM_TASKS tells them apart.
+    SLURM_STEP_NUM_TASKS counts the tasks of the step that this process belongs to. A batch script does not have it: it
+    is one process, and SLURM_NTASKS says that several were meant.
     """
-    tasks = _number("SLURM_STEP_NUM_TASKS")
-    if tasks > 1 and "SLURM_PROCID" in os.environ and "WORLD_SIZE" not in os.environ:
+    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+    if (tasks := _number(name)) > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            f"srun started {tasks} tasks (SLURM_STEP_NUM_TASKS={tasks}), and each would be a run of its own in one "
-            "folder; start one task per node, which starts the processes: srun --ntasks-per-node=1 torchrun --nnodes "
-            "$SLURM_NNODES --nproc_per_node 8 --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint HOST:29500 "
-            "scripts/pretrain.py ... (docs/clusters.md), or set WORLD_SIZE=1 if each task has its own --out"
+            f"{name}={tasks}: Slurm was asked for {tasks} tasks, and no launcher has joined them, so that each would be "
+            "a run of its own; start one task per node, which starts the processes: srun --ntasks-per-node=1 torchrun "
+            "--nnodes $SLURM_NNODES --nproc_per_node 8 --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint "
+            "HOST:29500 scripts/pretrain.py ... (docs/clusters.md), or set WORLD_SIZE=1 for runs of one process"
         )
 
 
@@ -261,8 +262,6 @@ def describe_world(accelerator: Accelerator) -> str:
                 f" ({local} of {visible} GPUs used: accelerate launch --multi_gpu --num_processes {visible} "
                 "scripts/pretrain.py ... uses all)"
             )
-    if n == 1 and (tasks := _number("SLURM_NTASKS")) > 1:
-        line += f" (warning: SLURM_NTASKS={tasks} but this is one process: docs/clusters.md shows how to start more)"
     return line
 
 

@@ -230,30 +230,27 @@ def srun(**values):
 
 
 @pytest.mark.parametrize(
-    "environment", [srun(NTASKS="8", STEP_NUM_TASKS="8", PROCID="3"), srun(STEP_NUM_TASKS="2", PROCID="0")]
+    "environment",
+    [
+        srun(NTASKS="8", STEP_NUM_TASKS="8", PROCID="3"),
+        srun(STEP_NUM_TASKS="2", PROCID="0"),
+        srun(NTASKS="8", PROCID="0"),  # a batch script, and what older versions set
+    ],
 )
-def test_tasks_of_srun_without_a_launcher_are_refused(monkeypatch, environment):
+def test_tasks_of_slurm_without_a_launcher_are_refused(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="SLURM_STEP_NUM_TASKS") as raised:
+    with pytest.raises(ValueError, match="SLURM_.*TASKS=") as raised:
         distributed.make_accelerator(Engine())
     assert "torchrun" in str(raised.value)
     monkeypatch.setenv("WORLD_SIZE", "1")  # the way out for independent runs
     assert distributed.make_accelerator(Engine()).num_processes == 1
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        srun(NTASKS="8", PROCID="0"),  # a batch script
-        srun(NTASKS="4", STEP_NUM_TASKS="1", PROCID="0"),  # an interactive step inside an allocation of four
-    ],
-)
-def test_one_process_inside_an_allocation_of_several_tasks_starts_and_says_so(monkeypatch, environment):
-    for name, value in environment.items():
+def test_one_process_in_a_step_of_its_own_starts(monkeypatch):
+    for name, value in srun(NTASKS="4", STEP_NUM_TASKS="1", PROCID="0").items():
         monkeypatch.setenv(name, value)
-    said = distributed.describe_world(distributed.make_accelerator(Engine()))
-    assert f"SLURM_NTASKS={environment['SLURM_NTASKS']}" in said
+    assert distributed.make_accelerator(Engine()).num_processes == 1
 
 
 def test_processes_of_mpi_that_accelerate_did_not_join_are_refused(monkeypatch):

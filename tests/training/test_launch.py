@@ -240,7 +240,7 @@ def srun(**values):
 def test_tasks_of_slurm_without_a_launcher_are_refused(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="SLURM_.*TASKS=") as raised:
+    with pytest.raises(ValueError, match=r"SLURM_.*TASKS=") as raised:
         distributed.make_accelerator(Engine())
     assert "torchrun" in str(raised.value)
     monkeypatch.setenv("WORLD_SIZE", "1")  # the way out for independent runs

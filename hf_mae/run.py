@@ -45,6 +45,7 @@ from hf_mae.training.checkpoint import (
 )
 from hf_mae.training.console import Bar, can_draw_bars, one_writer
 from hf_mae.training.distributed import (
+    agreement,
     describe_world,
     gather_objects,
     make_accelerator,
@@ -74,6 +75,8 @@ R = TypeVar("R", bound=Recipe)
 
 class Training(ABC, Generic[R]):
     """What is trained, and how it is judged. One object serves one run; its methods are called in this order.
+
+    `labels` and `build` hold no collective: what they raise on one rank is raised on all.
 
     Attributes:
         forward_methods: methods of the task that are called besides `forward`; FSDP2 has to know them.
@@ -201,10 +204,11 @@ def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accele
     data = recipe.data
     if resume_from is not None and data.revision is None:
         data = replace(data, revision=read_data_state(resume_from)["revision"])  # where a branch stood at the start
-    source = open_source(data)
-    check_pixels(source, data, refuse=resume_from is None)
-    say(source.summary())
-    labels = training.labels(source, say)
+    with agreement(accelerator, f"opening data.path={data.path}"):
+        source = open_source(data)
+        check_pixels(source, data, refuse=resume_from is None)
+        say(source.summary())
+        labels = training.labels(source, say)
     rows, world = int(source.sizes.sum()), accelerator.num_processes
     if resume_from is not None:
         recipe, notes = _with_saved_batch(recipe, resume_from, chosen=chosen), []
@@ -224,7 +228,8 @@ def _run(training: Training[Any], chosen: Chosen, out: Path, accelerator: Accele
 
     # What is trained.
     torch.manual_seed(recipe.seed)  # the same weights on every rank; nothing else draws from it
-    task = training.build(source, resume_from, accelerator, say)
+    with agreement(accelerator, "making the model"):
+        task = training.build(source, resume_from, accelerator, say)
     task.pixel_range = source.pixel_range  # type: ignore[assignment]  # for the folders it writes, see `ImageTask`
     parameters = sum(p.numel() for p in task.parameters())
     trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)

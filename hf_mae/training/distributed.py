@@ -108,7 +108,7 @@ def _be_deterministic() -> None:
             f"engine.deterministic=True needs CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8, and it is {found}; unset it"
         )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it: only slower
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
@@ -316,3 +316,18 @@ def agree(error: BaseException | None, accelerator: Accelerator, doing: str) -> 
     for rank, message in enumerate(messages):
         if message is not None:
             raise RuntimeError(f"rank {rank} failed while {doing}: {message}")
+
+
+@contextmanager
+def agreement(accelerator: Accelerator, doing: str) -> Iterator[None]:
+    """Raise on every rank what any rank meets inside, where no collective may be: the others would wait for it.
+
+    Raises:
+        BaseException: see `agree`.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as caught:
+        error = caught
+    agree(error, accelerator, doing)

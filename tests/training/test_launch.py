@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.utils import DistributedType
+from PIL import Image
 from safetensors.torch import load_file
 
 from hf_mae.recipes.base import Engine
@@ -130,33 +132,55 @@ def test_two_machines_train_what_one_process_trains(alone, tmp_path):
         assert torch.equal(weights(tmp_path / "run")[key], value)
 
 
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_nodes_that_see_different_run_folders_are_refused_with_host_and_path(tmp_path):
-    """Two agents of torchrun on loopback, each started in a folder of its own: a relative --out is another folder."""
+def two_nodes(folder, *flags, port):
+    """What two agents of torchrun on loopback say, each started in a folder of its own."""
     nodes = []
     for rank in (0, 1):
-        (tmp_path / f"node{rank}").mkdir()
+        (folder / f"node{rank}").mkdir(exist_ok=True)
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank",
-            str(rank), "--rdzv_backend", "static", "--master_addr", "localhost", "--master_port", "29741",
-            str(ROOT / "scripts" / "pretrain.py"), *RUN[1:], "--out", "run",
+            str(rank), "--rdzv_backend", "static", "--master_addr", "localhost", "--master_port", str(port),
+            str(ROOT / "scripts" / "pretrain.py"), *RUN[1:], *flags,
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         nodes.append(
             subprocess.Popen(
-                command, cwd=tmp_path / f"node{rank}", env=environment,
+                command, cwd=folder / f"node{rank}", env=environment,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
         )  # fmt: skip
-    said = [node.communicate(timeout=180)[0] for node in nodes]
-    for text in said:
-        error = next(line for line in text.splitlines() if line.startswith("hf-mae: error"))
+    return [node.communicate(timeout=180)[0] for node in nodes]
+
+
+def error_in(text):
+    return next((line for line in text.splitlines() if line.startswith("hf-mae: error")), text)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_nodes_that_see_different_run_folders_are_refused_with_host_and_path(tmp_path):
+    """A relative --out is another folder on each."""
+    for text in two_nodes(tmp_path, "--out", "run", port=29741):
+        error = error_in(text)
         assert "out=run" in error
         assert f"{tmp_path}/node1/run on {os.uname().nodename}" in error
         assert "--out" in error.split(";")[1]
         assert "free some space" not in text
-    assert not list((tmp_path / "node0" / "run").glob(".shared_*"))
+    assert not list(tmp_path.glob("node0/run/.shared_*"))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_data_that_one_node_lacks_end_the_run_on_all(tmp_path):
+    """Not after half an hour of waiting for the one that ended."""
+    (tmp_path / "node0" / "images").mkdir(parents=True)
+    for number in range(40):
+        Image.new("L", (8, 8), number).save(tmp_path / "node0" / "images" / f"{number}.png")
+    began = time.monotonic()
+    first, second = two_nodes(tmp_path, "--data.path", "images", "--out", str(tmp_path / "run"), port=29751)
+    assert "rank 1 failed while opening data.path=images" in error_in(first)
+    assert "data.path='images'" in error_in(second)
+    assert time.monotonic() - began < 120
 
 
 def test_every_config_is_tested_and_names_fields_that_accelerate_knows():

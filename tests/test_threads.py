@@ -95,3 +95,23 @@ print("after:", os.environ.get("GOMP_SPINCOUNT"))
     environment = {k: v for k, v in os.environ.items() if k not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}} | given
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.splitlines() == [f"at import of torch: {expected}", f"after: {expected}"]
+
+
+def test_a_real_control_group_limits_the_threads():
+    group = Path("/sys/fs/cgroup/cpu/hf_mae_test")
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group of version 1 can be made here ({error})")
+    try:
+        (group / "cpu.cfs_period_us").write_text("100000")
+        (group / "cpu.cfs_quota_us").write_text("100000")
+        code = (
+            f"import os; open('{group}/tasks', 'w').write(str(os.getpid()))\n"
+            "from hf_mae.threads import choose_threads, describe_threads; print(choose_threads(8), describe_threads(1))"
+        )
+        environment = {k: v for k, v in os.environ.items() if k not in {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}}
+        out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    finally:
+        group.rmdir()
+    assert out.stdout == "1 1 CPU thread each (a quota of 1 CPU)\n"

@@ -152,8 +152,8 @@ def _refuse_separate_tasks() -> None:
     name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
     if (tasks := _number(name)) > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            f"{name}={tasks}: Slurm was asked for {tasks} tasks, and no launcher has joined them, so that each would "
-            "be a run of its own; start one task per node, which starts the processes: srun --ntasks-per-node=1 torchrun "
+            f"{name}={tasks}: Slurm was asked for {tasks} tasks, which no launcher has joined, so that each would be "
+            "a run by itself; start one task per node, which starts the processes: srun --ntasks-per-node=1 torchrun "
             "--nnodes $SLURM_NNODES --nproc_per_node 8 --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint "
             "HOST:29500 scripts/pretrain.py ... (docs/clusters.md), or set WORLD_SIZE=1 for runs of one process"
         )

@@ -81,6 +81,7 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     error = None
     if accelerator.is_main_process:
         try:
+            _check_out(out)
             out.mkdir(parents=True, exist_ok=True)
             if recipe.csv:
                 read_csv(Path(recipe.csv))  # refuses another kind of file before the work is done
@@ -120,6 +121,29 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     say(f"expected: {recipe.expected}; written to {out}")
     accelerator.wait_for_everyone()
     return numbers
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder in which an evaluation would overwrite what is not an evaluation."""
+    if (out / "recipe.json").exists() or (out / "checkpoints").exists():
+        raise ValueError(f"out={out} is a run folder, whose own evaluation.json would be overwritten; choose another")
+    summary = out / "summary.json"
+    if summary.exists():
+        try:
+            ours = {"model", "data", "numbers"} <= set(json.loads(summary.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise ValueError(f"out={out} holds a summary.json that is not of an evaluation; choose another, or move it")
+    # An evaluation that was killed leaves evaluation.json without a summary.
+    evaluation = out / "evaluation.json"
+    if not summary.exists() and evaluation.exists():
+        try:
+            ours = {"step", "classes"} <= set(json.loads(evaluation.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise ValueError(f"out={out} holds an evaluation.json that is not ours; choose another, or move it away")
 
 
 def default_out(recipe: Evaluation) -> Path:

@@ -30,6 +30,7 @@ from hf_mae.run import Training, run
 from hf_mae.training.checkpoint import write_atomic
 from hf_mae.training.distributed import agree, gather_objects, make_accelerator
 from hf_mae.training.monitors import Printer, read_rows
+from hf_mae.training.run_folder import check_names_are_free
 
 RISE = 0.1
 """The curve ends where the smoothed loss is above the best one before it by this share of the fall until then ..."""
@@ -94,10 +95,16 @@ def lr_find(
     search = search_recipe(recipe, low=low, high=high, steps=steps, descending=descending, out=out / RUN)
     accelerator = make_accelerator(recipe.engine)
     say = say or Printer(accelerator.is_main_process)
-    before = None
+    before, wrong = None, None
     if accelerator.is_main_process:
-        before = _found_before(out / "lr_find.json", search) if reuse else None
-        shutil.rmtree(out / RUN, ignore_errors=True)
+        try:
+            check_names_are_free(out, "lr_find.json", ("lr_find.png",))
+            check_names_are_free(out / RUN, "checkpoints", [p.name for p in sorted((out / RUN).glob("[!.]*"))])
+            before = _found_before(out / "lr_find.json", search) if reuse else None
+            shutil.rmtree(out / RUN, ignore_errors=True)
+        except (ValueError, OSError) as caught:
+            wrong = caught
+    agree(wrong, accelerator, f"making {out}")
     before = gather_objects(before, accelerator)[0]
     if before is not None:
         say(f"lr-find: found before, see {out / 'lr_find.json'}: {before['why']}")

@@ -22,7 +22,7 @@ from hf_mae.data.images import ImageError, Range, decode_image, eval_image
 from hf_mae.data.order import NOISE, uniforms
 from hf_mae.data.sources import Source, list_splits, open_source
 from hf_mae.evaluation.features import FeatureQuality, logistic_is_too_large
-from hf_mae.evaluation.reconstruction import Pictures, reconstruct
+from hf_mae.evaluation.reconstruction import Pictures, is_grid, reconstruct
 from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.models.masking import mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
@@ -258,7 +258,7 @@ def load_pretrained(name: str, *, field: str) -> tuple[MAEForPreTraining, list[f
     return model, *load_statistics(folder, model.config.num_channels, what=f"{field}={name}")
 
 
-def reconstruct_files(name: str, files: Sequence[Path], out: Path, *, seed: int = 0) -> None:
+def reconstruct_files(name: str, files: Sequence[Path], out: Path, *, seed: int = 0, overwrite: bool = False) -> None:
     """Write one picture with the reconstructions of image files.
 
     Args:
@@ -266,19 +266,29 @@ def reconstruct_files(name: str, files: Sequence[Path], out: Path, *, seed: int 
         files: images of any format that training reads.
         out: where the picture goes; its suffix says the format.
         seed: chooses the masks.
+        overwrite: replace a file that is there and that this function did not write, or that was edited since.
 
     Raises:
         ValueError: no file is named, one is missing or not an image, the model has no decoder, or `out` cannot be
             written.
     """
     if not files:
-        raise ValueError(f"no image is named; name one or more image files: hf-mae reconstruct {name} IMAGE ...")
+        raise ValueError(
+            f"no image is named; name one or more image files: hf-mae reconstruct {shlex.quote(name)} IMAGE ..."
+        )
     if missing := [str(path) for path in files if not path.is_file()]:
         raise ValueError(f"{', '.join(missing[:3])} is not a file; name image files")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"out={out} cannot be written: its folder does not exist; make it or choose another --out")
     if out.is_dir() or out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"out={out} is not the name of an image file; use one such as reconstruction.png")
+    if any(out.resolve() == path.resolve() for path in files):
+        raise ValueError(f"out={out} is one of the images that are read; choose another --out")
+    if out.exists() and not overwrite and not is_grid(out):
+        raise ValueError(
+            f"out={out} exists and is not known to be a reconstruction of ours; choose another --out, or replace it "
+            "with --overwrite"
+        )
     model, mean, std, pixel_range = load_pretrained(name, field="model")
     config, size = model.config, height_width(model.config.image_size)
     images = []

@@ -18,6 +18,7 @@ from hf_mae.run import model_folder
 from hf_mae.training.checkpoint import write_atomic
 from hf_mae.training.distributed import agree, gather_objects, make_accelerator
 from hf_mae.training.monitors import Printer
+from hf_mae.training.run_folder import check_names_are_free
 
 DECIDING = ("name", "classes", "labels", "crop_pct", "data", "engine")
 """Fields of an evaluation that decide its numbers."""
@@ -142,6 +143,7 @@ def _place(model: str) -> str:
 
 def _read(path: Path, asked: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return what was measured before, of models that are still the same."""
+    check_names_are_free(path.parent, path.name, ("table.md", "resolution.png"))
     if not path.exists():
         return {}
     before = json.loads(path.read_text())

@@ -35,6 +35,7 @@ from hf_mae.run import model_folder
 from hf_mae.training.checkpoint import write_atomic
 from hf_mae.training.distributed import agree, gather_objects, make_accelerator
 from hf_mae.training.monitors import Printer, read_rows
+from hf_mae.training.run_folder import check_names_are_free
 
 # He et al. 2022, Fig. 9 (ViT-L, top-1 % on ImageNet by trainable blocks; read from the plot's labels; 0.5 in the text).
 FIG_9 = {0: 73.5, 0.5: 79.1, 1: 81.0, 2: 83.1, 4: 84.2, 6: 84.4, 12: 84.6, 18: 84.7, 24: 84.9}
@@ -291,6 +292,7 @@ def _sweep(
                 raise
             raise ValueError(f"run {Path(one.out).parent.name}: {error}") from error
     metric, accelerator = _metric_name(recipes), make_accelerator(recipes[0].engine)
+    check_names_are_free(out, "sweep.json", ("table.md", "variants.png", "band.png"))
     say = say or Printer(accelerator.is_main_process)
     say(f"sweep: {name}: {', '.join(dict.fromkeys(key for key, _ in runs))} ({column}), {len(runs)} runs")
     found: dict[str, list[dict[str, Any]]] = {}

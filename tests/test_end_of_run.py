@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from hf_mae.classify import classify
-from hf_mae.evaluate import evaluate
+from hf_mae.evaluate import _check_out, evaluate
 from hf_mae.evaluation.classification import ClassificationQuality
+from hf_mae.lr_find import lr_find
 from hf_mae.recipes.classification import Classifier, ClassifierEvals
 from hf_mae.recipes.evaluation import EVALUATIONS
 from hf_mae.recipes.transfer import FINETUNE
 from hf_mae.run import last_model
+from hf_mae.sweep import sweep_seeds
 
 
 @pytest.fixture
@@ -116,3 +118,49 @@ def test_an_evaluation_of_the_best_weights_by_the_split_that_chose_them_says_so(
         for name in ("summary.json", "evaluation.json"):
             content = json.loads((tmp_path / "evaluation" / name).read_text())
             assert ("optimistic" in content.get("note", "")) == optimistic
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.json", "evaluation.json"])
+def test_a_run_does_not_write_over_files_of_a_folder_that_is_not_a_run(recipe, name):
+    folder = Path(recipe.out)
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    (folder / "log.txt").write_text("mine")  # has a name of its own, and may lie there
+    with pytest.raises(ValueError, match=rf"holds {name} that would be overwritten"):
+        classify(recipe)
+    assert (folder / name).read_text() == "mine"
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("recipe.json", "is a run folder"),
+        ("summary.json", "holds a summary.json that is not of an evaluation"),
+        ("evaluation.json", "holds an evaluation.json that is not ours"),
+    ],
+)
+def test_an_evaluation_does_not_write_over_what_is_not_one(tmp_path, name, said):
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=said):
+        _check_out(tmp_path)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=said):
+        _check_out(tmp_path)
+
+
+def test_an_evaluation_is_measured_again_into_its_own_folder(tmp_path):
+    (tmp_path / "summary.json").write_text('{"recipe": "own", "model": "m", "data": "d", "numbers": {}}')
+    _check_out(tmp_path)
+
+
+def test_a_sweep_and_a_search_do_not_write_over_files_of_others(recipe, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "table.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds table.md that would be overwritten"):
+        sweep_seeds(replace(recipe, out=str(tmp_path / "sweep")), n=2)
+    (tmp_path / "find" / "lr-find-run").mkdir(parents=True)
+    (tmp_path / "find" / "lr-find-run" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds thesis.txt that would be overwritten"):
+        lr_find(replace(recipe, out=str(tmp_path / "find")))
+    assert (tmp_path / "find" / "lr-find-run" / "thesis.txt").read_text() == "mine"

@@ -84,6 +84,7 @@ def reconstruct_command(arguments: Sequence[str]) -> None:
         images: tyro.conf.Positional[tuple[Path, ...]] = (),
         out: Path = Path("reconstruction.png"),
         seed: int = 0,
+        overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     ) -> None:
         """Draw what a model makes of images with most patches removed.
 
@@ -92,10 +93,11 @@ def reconstruct_command(arguments: Sequence[str]) -> None:
             images: one or more image files.
             out: where to write the picture.
             seed: chooses the masks.
+            overwrite: replace a file that is not a reconstruction of ours.
         """
         from hf_mae.pretrain import reconstruct_files
 
-        reconstruct_files(model, images, out, seed=seed)
+        reconstruct_files(model, images, out, seed=seed, overwrite=overwrite)
         sys.stdout.write(f"{out}\n")
 
     tyro.cli(reconstruct, prog="hf-mae reconstruct", args=list(arguments))

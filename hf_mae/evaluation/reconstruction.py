@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from hf_mae.models.configuration_mae import MAEConfig
@@ -18,6 +20,7 @@ from hf_mae.models.masking import mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD
 
+GRID = "hf_mae: SHA-256 of the pixels"
 GREY = 128
 """What a removed patch is painted with."""
 
@@ -135,8 +138,24 @@ def draw_grid(pictures: Reconstruction, path: str | Path | None = None, *, scale
     if note:
         pen.text((gap, canvas.height - head), note, fill="black")
     if path is not None:
-        canvas.save(path)
+        # By the hash of its pixels a PNG is known again, if nobody has edited it.
+        about = PngInfo()
+        about.add_text(GRID, _hash(canvas))
+        canvas.save(path, pnginfo=about)  # other formats pass over it
     return canvas
+
+
+def is_grid(path: Path) -> bool:
+    """Return whether a file is a PNG as `draw_grid` wrote it."""
+    try:
+        with Image.open(path) as opened:
+            return opened.info.get(GRID) == _hash(opened.convert("RGB"))
+    except (OSError, ValueError):
+        return False
+
+
+def _hash(image: Image.Image) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 class Pictures:

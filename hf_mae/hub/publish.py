@@ -114,9 +114,9 @@ def publish(
         card: what the records do not say.
         evaluations: folders of `hf-mae evaluate --out` for the card.
         message: of the commit.
-        overwrite_edits: undo what someone changed since an earlier publish, such as the card: in the files of the
-            repository, and in RUN/export of a run that is exported anew. An edited card in an export folder that is
-            named itself goes up as it is.
+        overwrite_edits: undo what someone changed since an earlier publish, such as the card, in the repository and in
+            RUN/export of a run that is exported anew; also replace files of the repository that no publish wrote. An
+            edited card in an export folder that is named itself goes up as it is.
         say: called with lines for the user; None drops them.
 
     Raises:
@@ -155,7 +155,10 @@ def publish(
         for line in _announce(repo_id, there, rows, str(license_id), revision, private, create_pr):
             say(line)
         beside = clashes(rows, there.files)
-        _check_there(repo_id, rows, beside, create_pr=create_pr, overwrite_edits=overwrite_edits, say=say)
+        theirs = [row.path for row in rows if row.state == "foreign"]
+        if "README.md" in theirs and _is_empty_card(read_there(repo_id, "README.md", head, say)):
+            theirs.remove("README.md")
+        _check_there(repo_id, rows, beside, theirs, create_pr=create_pr, overwrite_edits=overwrite_edits, say=say)
         url = f"{api.endpoint}/{repo_id}"
         if dry_run:
             _say_verdict(verdict, say)
@@ -330,8 +333,20 @@ def _say_verdict(verdict: Verdict, say: Say) -> None:
 # ------------------------------------------------------------------------------------------------ the repository
 
 
+def _is_empty_card(text: bytes) -> bool:
+    """Say whether a card has front matter only: the Hub writes one where a licence is chosen for a new repository."""
+    return re.fullmatch(rb"\s*(---\r?\n.*?\n---)?\s*", text, re.DOTALL) is not None
+
+
 def _check_there(
-    repo_id: str, rows: Sequence[Row], beside: Sequence[str], *, create_pr: bool, overwrite_edits: bool, say: Say
+    repo_id: str,
+    rows: Sequence[Row],
+    beside: Sequence[str],
+    theirs: Sequence[str],
+    *,
+    create_pr: bool,
+    overwrite_edits: bool,
+    say: Say,
 ) -> None:
     """Refuse what would leave a repository that does not work, or undo someone's work unasked."""
     edited = [row.path for row in rows if row.state == "edited"]
@@ -342,6 +357,12 @@ def _check_there(
             "(--overwrite-edits)"
         )
     if not beside:
+        if theirs and not overwrite_edits and not create_pr:
+            raise ValueError(
+                f"{repo_id} holds {', '.join(shown(theirs))} that hf-mae did not write, and this would replace "
+                f"{'it' if len(theirs) == 1 else 'them'}; name another repository, propose it with --create-pr, or "
+                "pass overwrite_edits=True (--overwrite-edits)"
+            )
         return
     told = (
         f"{repo_id} holds files that are not of hf-mae and would be loaded in place of these, or mixed with them, or "

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,9 @@ PACKAGES = (
     *("pillow", "simplejpeg", "pyarrow", "safetensors"),
 )
 
+RECORDS = ("recipe.json", "metrics.jsonl", "environment.json", "evaluation.json")
+"""Files that a run writes beside its checkpoints."""
+
 SHARED_WITHIN = 20.0
 """Seconds in which a file that one node has written is to be seen by the others."""
 
@@ -52,6 +55,25 @@ _OF_A_START = frozenset(
     {"checkpoints", ".lock", "recipe.json", "environment.json", "metrics.jsonl", "events", "pictures"}
 )
 """What lies in a run folder before the first update. Not bad_samples.jsonl: it says why a run could not start."""
+
+
+def check_names_are_free(out: Path, mark: str, names: Sequence[str]) -> None:
+    """Refuse to write files into a folder that has some of these names from elsewhere.
+
+    Args:
+        out: the folder; it need not exist.
+        mark: the file or folder that is there wherever these files were written by us.
+        names: of the files that are going to be written.
+
+    Raises:
+        ValueError: `mark` is not there, and one of the files is.
+    """
+    taken = [] if (out / mark).exists() else [name for name in names if (out / name).exists()]
+    if taken:
+        raise ValueError(
+            f"out={out} holds {', '.join(taken)} that would be overwritten and is not known to be ours (there is no "
+            f"{mark} beside it); choose another --out, or move {'it' if len(taken) == 1 else 'them'} away"
+        )
 
 
 @contextmanager
@@ -65,6 +87,8 @@ def open_run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
     try:
         if accelerator.is_main_process:
             try:
+                if recipe.resume != "never":  # which refuses what is there by itself
+                    check_names_are_free(out, "checkpoints", RECORDS)
                 absent = [folder for folder in (out, *out.parents) if not folder.exists()]
                 (out / "checkpoints").mkdir(parents=True, exist_ok=True)
                 lock = RunLock(out)
@@ -75,7 +99,7 @@ def open_run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
                 for left in out.glob(".shared_*"):
                     left.unlink(missing_ok=True)
                 (out / "stopped_by_signal").unlink(missing_ok=True)
-            except RuntimeError as caught:
+            except (RuntimeError, ValueError) as caught:
                 error = caught
             except OSError as caught:
                 error = ValueError(f"out={out} cannot be written ({caught}); choose another --out or free some space")
@@ -101,8 +125,10 @@ def open_run_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[Path]:
 
 def _remove_failed_start(out: Path, made: list[Path]) -> None:
     """Remove the folders that a start made, unless there is something in them that is worth keeping."""
+    if out not in made:
+        return
     rows = read_rows(out / "metrics.jsonl")
-    if out not in made or any("loss" in row for row in rows) or any((out / "checkpoints").glob("step_*")):
+    if any("loss" in row for row in rows) or any((out / "checkpoints").glob("step_*")):
         return
     if {entry.name for entry in out.iterdir()} - _OF_A_START:
         return

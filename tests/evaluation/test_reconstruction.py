@@ -6,10 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from hf_mae import MAEConfig, MAEForPreTraining, reconstruct
-from hf_mae.evaluation.reconstruction import GREY, Pictures
+from hf_mae.evaluation.reconstruction import GREY, Pictures, is_grid
 from hf_mae.models.targets import make_target
+from hf_mae.pretrain import reconstruct_files
 from hf_mae.training.tasks import Pretraining
 
 TINY = {
@@ -100,3 +102,46 @@ def test_a_picture_that_cannot_be_written_is_a_warning(model, images, noise, tmp
     )
     with pytest.warns(RuntimeWarning, match="no picture was drawn in .*pictures"):
         assert pictures(task, 1) == {}
+
+
+def test_a_reconstruction_that_nobody_edited_is_known_again(model, images, noise, tmp_path):
+    pictures = reconstruct(model, images, noise=noise)
+    pictures.grid(tmp_path / "r.png")
+    assert is_grid(tmp_path / "r.png")
+    with Image.open(tmp_path / "r.png") as opened:
+        info = opened.info
+        edited = opened.convert("RGB")
+    edited.putpixel((0, 0), (1, 2, 3))
+    about = PngInfo()
+    for name, value in info.items():
+        about.add_text(name, value)
+    edited.save(tmp_path / "r.png", pnginfo=about)
+    assert not is_grid(tmp_path / "r.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    (tmp_path / "text.png").write_text("mine")
+    pictures.grid(tmp_path / "r.jpg")
+    assert not any(is_grid(tmp_path / name) for name in ("photo.png", "text.png", "r.jpg", "none.png"))
+
+
+def test_reconstruct_writes_over_no_image_of_the_user(tmp_path):
+    torch.manual_seed(0)
+    config = MAEConfig(**TINY)
+    folder = tmp_path / "model"
+    Pretraining(MAEForPreTraining(config), (0.5,) * 3, (0.2,) * 3).write_model(
+        folder, MAEForPreTraining(config).state_dict()
+    )
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (30, 30), "red").save(tmp_path / name)
+    before = (tmp_path / "b.png").read_bytes()
+    ask = [str(folder), [tmp_path / "a.png"]]
+    with pytest.raises(ValueError, match="is one of the images that are read"):
+        reconstruct_files(*ask, tmp_path / "a.png", overwrite=True)
+    with pytest.raises(ValueError, match=r"exists.*--overwrite"):
+        reconstruct_files(*ask, tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes() == before
+    reconstruct_files(*ask, tmp_path / "r.png", seed=0)
+    first = (tmp_path / "r.png").read_bytes()
+    reconstruct_files(*ask, tmp_path / "r.png", seed=1)  # ours, and not edited
+    assert (tmp_path / "r.png").read_bytes() != first
+    reconstruct_files(*ask, tmp_path / "b.png", overwrite=True)
+    assert (tmp_path / "b.png").read_bytes() != before

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -481,3 +484,102 @@ def test_usage_lines_are_run_again_only_if_the_network_failed_them(monkeypatch, 
     with pytest.raises(RuntimeError, match="is published and whole, but the lines of its card did not run"):
         publishing._try_there("", "org/x", CardOptions(), on_main=True, say=lambda line: None)
     assert len(calls) == runs
+
+
+@pytest.mark.parametrize(
+    ("text", "empty"),
+    [
+        (b"---\nlicense: mit\n---\n", True),
+        (b"---\r\nlicense: mit\r\n---\r\n\r\n", True),
+        (b"\n", True),
+        (b"---\nlicense: mit\n---\n# Mine\n", False),
+        (b"# Mine\n", False),
+    ],
+)
+def test_a_card_that_the_hub_wrote_is_told_from_one_that_somebody_wrote(text, empty):
+    from hf_mae.hub.publish import _is_empty_card
+
+    assert _is_empty_card(text) == empty
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_files_that_somebody_else_put_there_are_replaced_only_when_asked(hub, publish, exported):
+    from tests.hub.server import Entry, git_blob
+
+    def put(name, text):
+        repo = hub.create("model", name, ("alice", "write", ["org"]))
+        theirs = {"README.md": Entry(git_blob(text), len(text), None, text)}
+        hub.add_commit(repo, "refs/heads/main", theirs, "theirs", "", "carol", repo.refs["refs/heads/main"])
+
+    put("org/theirs", b"---\nlicense: mit\n---\n# Mine, of years\n")
+    put("org/begun", b"---\nlicense: mit\n---\n")
+    start = len(hub.log)
+    dry, refused, asked, begun = publish(
+        (exported, "org/theirs", {"dry_run": True}),
+        (exported, "org/theirs", {}),
+        (exported, "org/theirs", {"overwrite_edits": True}),
+        (exported, "org/begun", {}),
+    )
+    for one in (dry, refused):
+        assert one["error"].startswith("ValueError: org/theirs holds README.md")
+        assert "--overwrite-edits" in one["error"]
+    assert asked["commit"]
+    assert begun["commit"]
+    assert sum("/org/theirs/commit/" in path for path in writes(hub, start)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_an_edited_card_is_what_goes_up(hub, publish, exported, tmp_path):
+    """`card`, an edit by hand, and `publish EXPORT`, twice."""
+    from hf_mae.cards.options import CardOptions
+    from hf_mae.cards.write import write_card
+
+    folder = Path(shutil.copytree(exported, tmp_path / "export"))
+    write_card(folder, "org/edited", CardOptions(license="apache-2.0"))
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    first, again = publish((folder, "org/edited", {}), (folder, "org/edited", {"overwrite_edits": True}))
+    for one in (first, again):
+        tree = hub.repos["model", "org/edited"].commits[one["commit"]].tree
+        assert tree["README.md"].data.decode() == card.read_text()
+        assert any("kept" in line and "README.md" in line and "--overwrite" in line for line in one["said"])
+    assert "My own words." in card.read_text()
+    assert ".hf_mae_files.json" not in tree
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_an_export_that_was_edited_stops_the_publish_of_its_run(hub, publish, exported, tmp_path):
+    from hf_mae import MAEForImageClassification
+
+    run = tmp_path / "run"
+    model = MAEForImageClassification.from_pretrained(exported.parent / "model")
+    inner = run / "checkpoints" / "step_00000001"
+    shutil.copytree(exported.parent / "model", inner / "model")
+    (inner / "model" / "preprocessor_config.json").write_text((exported / "preprocessor_config.json").read_text())
+    recipe = {"name": "finetune-small", "source": "ours", "data": {"path": "animals", "splits": None}}
+    recipe |= {"model": {"head": model.config.head, "pool": model.config.pool}, "trainable_blocks": None}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    row = {"step": 1, "epoch": 1.0, "examples_seen": 64, "loss": 1.0, "lr": 0.1, "images_per_second": 10.0}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    entries = {
+        p.relative_to(inner).as_posix(): [p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()]
+        for p in inner.rglob("*")
+        if p.is_file()
+    }
+    (inner / "manifest.json").write_text(json.dumps(entries))
+    (first,) = publish((run, "org/of-a-run", {}))
+    assert first.get("commit"), first
+    (card,) = run.glob("export/*/README.md")
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    refused, dry = publish((run, "org/of-a-run", {}), (run, "org/of-a-run", {"dry_run": True}))
+    for one in (refused, dry):
+        assert re.search(r"README\.md.*hf-mae publish .*export/\w+ org/of-a-run.*--overwrite-edits", one["error"])
+    assert "My own words." in card.read_text()
+    named, anew = publish((card.parent, "org/of-a-run", {}), (run, "org/of-a-run", {"overwrite_edits": True}))
+    tree = hub.repos["model", "org/of-a-run"].commits[named["commit"]].tree
+    assert tree["README.md"].data.decode().endswith("My own words.\n")
+    assert anew.get("commit"), anew
+    assert "My own words." not in card.read_text()

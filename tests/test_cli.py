@@ -112,6 +112,7 @@ HELP = {
     "split": ["[DATA] [RULE]", "--out", "--of", "--overwrite", "--data.label-column", "--data.no-streaming"],
     "background": ["SOURCE", "OUT", "--inset", "--iterations"],
     "evaluate": ["--model", "--data.path"],
+    "doctor": ["--train", "--out"],
     "plan": ["--gpu", "--gpus", "--check", "--json", "--model.mask-ratio"],
     "reconstruct": ["MODEL", "--out", "--seed"],
     "convert": ["SOURCE", "OUT", "--license", "--norm-pix-loss", "--num-attention-heads", "--id2label"],

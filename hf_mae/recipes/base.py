@@ -92,7 +92,8 @@ class Data:
     revision: str | None = None
     """Branch, tag or commit of a Hub data set; resolved to a commit at start and recorded."""
     image_column: str | None = None
-    """Column of encoded images; None finds it."""
+    """Column of encoded images, or of paths from the folder of the data; None finds it. In a metadata table NAME is the
+    column NAME_file_name."""
     label_column: str | None = None
     """Column of labels: what a classifier learns, and what the monitors of pretraining use; integers, or text in the
     metadata table of an image folder. None finds it, `none` ignores labels and with them every metadata table."""

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_mae.recipes.base import Engine
+from hf_mae.recipes.base import Engine, Recipe, changed_fields, from_dict, to_dict
 from hf_mae.training import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -349,3 +350,11 @@ def test_what_has_no_deterministic_kernel_is_refused_in_one_sentence():
     assert "\n" not in str(raised.value)
     with pytest.raises(RuntimeError, match="another"), distributed.refuse_nondeterministic():
         raise RuntimeError("another")
+
+
+def test_a_run_begun_before_there_was_deterministic_goes_on(toy):
+    saved = to_dict(toy.recipe)
+    del saved["engine"]["deterministic"]
+    now = replace(toy.recipe, engine=replace(toy.recipe.engine, deterministic=True))
+    assert changed_fields(from_dict(saved, Recipe), toy.recipe) == {}
+    assert changed_fields(from_dict(saved, Recipe), now) == {}  # nothing of what is learned

@@ -20,6 +20,9 @@ MARK = '"""A Space written by `hf-mae space`: '
 NAMES = ("README.md", "LICENSE", "requirements.txt", "app.py", "hf_mae")
 """What a Space consists of."""
 
+REFERENCE = "Check out the configuration reference at "
+"""What the Hub writes into the README.md of a new Space, before an address."""
+
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 REQUIREMENTS = (
@@ -93,7 +96,7 @@ def write_space(
         for path in sorted(new.iterdir()):
             old = out / path.name
             if old.is_dir():
-                shutil.rmtree(old)
+                old.replace(new / f"former_{path.name}")  # removed with the temporary folder, when all is in place
             path.replace(old)
     return out
 
@@ -127,8 +130,10 @@ def _check_out(out: Path, overwrite: bool) -> None:
         return
     taken = [name for name in NAMES if (out / name).exists()]
     # The copy of a new Space's repository has a README.md and .git only, and is what one uploads from.
-    front = re.match(r"---[ \t]*\n(.*?)\n---", _text(out / "README.md"), re.DOTALL)
-    if front and re.search(r"^sdk:\s*[\"']?gradio\b", front[1], re.MULTILINE):
+    front = re.fullmatch(r"---[ \t]*\n(.*?)\n---(.*)", _text(out / "README.md"), re.DOTALL)
+    words = front[2].strip() if front else ""
+    of_the_hub = len(words.removeprefix(REFERENCE).split()) <= (1 if words.startswith(REFERENCE) else 0)
+    if front and of_the_hub and re.search(r"^sdk:\s*[\"']?gradio\b", front[1], re.MULTILINE):
         taken.remove("README.md")
     if taken:
         raise ValueError(

@@ -217,7 +217,8 @@ def test_requirements_are_those_of_the_package():
 def test_a_space_is_written_again_only_when_asked_and_over_its_own_files(tmp_path):
     out = tmp_path / "space"
     (out / ".git").mkdir(parents=True)  # the cloned repository of a new Space
-    (out / "README.md").write_text("---\nsdk: gradio\n---\n")
+    new = "Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference"
+    (out / "README.md").write_text(f"---\nsdk: gradio\n---\n\n{new}\n")
     write_space(out, reconstruct=None, classify="org/a")
     with pytest.raises(ValueError, match="holds a Space already"):
         write_space(out, reconstruct=None, classify="org/b")
@@ -245,7 +246,14 @@ def test_files_of_somebody_else_are_never_replaced(tmp_path, name, overwrite):
 
 
 @pytest.mark.parametrize(
-    "text", ["# Mine\n", "---\ntitle: x\n---\nsdk: gradio\n", "---\nsdk: docker\n---\n", "sdk: gradio\n"]
+    "text",
+    [
+        "# Mine\n",
+        "---\ntitle: x\n---\nsdk: gradio\n",
+        "---\nsdk: docker\n---\n",
+        "sdk: gradio\n",
+        "---\nsdk: gradio\n---\nMy own words.\n",
+    ],
 )
 def test_only_the_readme_of_a_new_space_is_replaced(tmp_path, text):
     (tmp_path / "README.md").write_text(text)

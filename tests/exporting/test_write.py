@@ -356,3 +356,12 @@ def test_a_killed_export_leaves_the_former_one(make, save, tmp_path):
     assert (out / "export.json").read_text() == "{}"
     assert record(export(model, out))["target"] == "beit"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"), [("vit_mae", "AutoModel masks .*--target vit"), ("vit", "pooler_output is random")]
+)
+def test_an_export_says_what_automodel_does_to_it(make, tmp_path, unchecked, target, said):
+    lines = []
+    export(make(MAEForPreTraining), tmp_path / "out", target, say=lines.append)
+    assert re.search(f"note: .*{said}", "\n".join(lines))

@@ -40,8 +40,9 @@ from hf_mae.training.monitors import read_rows
 SIZE = {"cifar10": [], "birds": ["--model.image-size", "64", "--model.patch-size", "8", "--data.decoder", "fast"]}
 PRETRAIN = {
     "cifar10": ["--epochs", "30", "--schedule.warmup-epochs", "2"],
-    "birds": ["--epochs", "300", "--schedule.warmup-epochs", "20"],
+    "birds": ["--epochs", "300", "--schedule.warmup-epochs", "20", "--evals.crop-pct", "0.875"],
 }
+CROP = {"cifar10": ["--evals.crop-pct", "1"], "birds": []}  # images of CIFAR have the input's size
 EPOCHS = {"cifar10": 15, "birds": 20}
 LABELLED = {"cifar10": 500, "birds": None}
 """Labelled training images of each class; None is all."""
@@ -125,7 +126,7 @@ def protocol_command(name: str, path: Path, protocol: str, seed: int, out: Path)
     values = {"encoder": str(out / name / "encoder"), "patch": {"cifar10": 4, "birds": 8}[name]}
     values["size"] = {"cifar10": 32, "birds": 64}[name]
     command = [part.format(**values) for part in PROTOCOLS[protocol]]
-    command += ["--data.path", str(path), "--out", str(folder), "--seed", str(seed), *COMMON]
+    command += ["--data.path", str(path), "--out", str(folder), "--seed", str(seed), *COMMON, *CROP[name]]
     if protocol != "probe":
         command += ["--epochs", str(EPOCHS[name]), "--augment.mixup", "0", "--augment.cutmix", "0"]
     if name == "birds":

@@ -123,7 +123,8 @@ class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
         if recipe.engine.compile:
             for block in model.blocks:
                 block.compile(fullgraph=True, dynamic=False)
-        config = self.config = model.config
+        config, self.crop_pct = model.config, recipe.evals.crop_pct
+        self.config = config
         self.image_size, self.channels = height_width(config.image_size), config.num_channels
         if len(recipe.augment.mean) != self.channels:
             example = " ".join(["0.5"] * self.channels)
@@ -137,6 +138,7 @@ class ClassifierTraining(LabelledTraining[ClassifierRecipe]):
             recipe.augment.std,
             label_smoothing=recipe.augment.label_smoothing,
             loss=recipe.loss,
+            crop_pct=recipe.evals.crop_pct,
         )
 
     def _compare_normalisation(self, encoder: Path | str, say: Printer) -> None:
@@ -275,7 +277,8 @@ def encode(
     assert isinstance(inner, Classification)
     weights = {k: full(v) for k, v in inner.model.state_dict().items() if not k.startswith("head")}
     config = {k: v for k, v in inner.config.to_dict().items() if k in (*ARCHITECTURE, "image_size", "pool")}
-    key = (split.source.fingerprint, *facts, config, inner.processor(), accelerator.mixed_precision)
+    pixels = (asdict(split.crop), inner.processor())
+    key = (split.source.fingerprint, *facts, config, *pixels, accelerator.mixed_precision)
     path = folder / f"{digest(*key, weights=weights)}.safetensors"
     found = read_features(path)
     if all(gather_objects(found is not None, accelerator)):  # all have read it, or all encode

@@ -37,10 +37,11 @@ from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.timm_models import from_weights, is_timm_folder, load
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Data, Size
 from hf_mae.recipes.checks import check_choices
+from hf_mae.recipes.crop import EvalCrop
 from hf_mae.recipes.evaluation import Evaluation
 from hf_mae.recipes.fields import choose
 from hf_mae.resolve import model_folder, read_config
-from hf_mae.run import load_statistics, progress
+from hf_mae.run import load_preparation, progress
 from hf_mae.training.checkpoint import write_atomic
 from hf_mae.training.console import one_writer
 from hf_mae.training.distributed import agree, describe_world, gather_objects, make_accelerator
@@ -96,7 +97,8 @@ def evaluate(recipe: Evaluation) -> dict[str, Any]:
     pictures = {
         "image_size": list(judged.image_size),
         "train_size": list(judged.train_size),
-        "crop_pct": one.shown_crop_pct,
+        "crop_pct": one.crop.pct,
+        "crop_mode": one.crop.mode,
         "parameters": judged.parameters,
     }
     summary: dict[str, Any] = {"recipe": recipe.name, "model": judged.name, "data": recipe.data.path}
@@ -172,19 +174,22 @@ class Judged:
         name: where it was found.
         task: normalises pictures and gives scores.
         names: its classes, in the order of its scores.
-        image_size: height and width of test pictures in pixels.
+        crop: how test pictures are prepared.
         train_size: of the pictures it was trained on.
         channels: 3 or 1.
-        crop_pct: of the pictures it brings with it; None is MAE's rule, see `hf_mae.data.images.eval_image`.
     """
 
     name: str
     task: Classification | TimmClassification
     names: list[str]
-    image_size: tuple[int, int]
+    crop: EvalCrop
     train_size: tuple[int, int]
     channels: int
-    crop_pct: float | None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of test pictures in pixels."""
+        return self.crop.size
 
     @property
     def parameters(self) -> int:
@@ -208,7 +213,7 @@ def load_classifier(model: str, image_size: Size | None, say: Printer) -> Judged
     name = model_folder(model, field="model")
     if _in_timm_format(name):
         return _load_timm(name, image_size)
-    made, mean, std, pixel_range = _load_official(name, say) if Path(name).is_file() else _load(name)
+    made, mean, std, pixel_range, crop = _load_official(name, say) if Path(name).is_file() else _load(name, say)
     trained = height_width(made.config.image_size)
     if image_size is not None:
         made.resize_positions(image_size)
@@ -219,10 +224,9 @@ def load_classifier(model: str, image_size: Size | None, say: Printer) -> Judged
         name=str(name),
         task=task,
         names=[id2label[i] for i in sorted(id2label)],
-        image_size=height_width(made.config.image_size),
+        crop=replace(crop, size=height_width(made.config.image_size)),
         train_size=trained,
         channels=made.config.num_channels,
-        crop_pct=None,
     )
 
 
@@ -252,10 +256,9 @@ def _load_timm(name: Path | str, image_size: Size | None) -> Judged:
         name=str(name),
         task=task,
         names=list(spec.names),
-        image_size=size,
+        crop=replace(spec.crop, size=size),
         train_size=spec.image_size,
         channels=spec.channels,
-        crop_pct=spec.crop_pct,
     )
 
 
@@ -267,18 +270,22 @@ def _subset(classes: str) -> list[int] | None:
 
 
 Loaded = tuple[
-    MAEForImageClassification, "list[float] | tuple[float, ...]", "list[float] | tuple[float, ...]", "Range | None"
+    MAEForImageClassification,
+    "list[float] | tuple[float, ...]",
+    "list[float] | tuple[float, ...]",
+    "Range | None",
+    EvalCrop,
 ]
-"""A classifier of ours, the mean and std of its images, and which stored values were black and white."""
+"""A classifier of ours, mean and std of its images, which stored values were black and white, and the crop."""
 
 
-def _load(name: Path | str) -> Loaded:
+def _load(name: Path | str, say: Printer) -> Loaded:
     values = read_config(name)
     architectures = [str(one) for one in values.get("architectures") or ()]
     if MAEForImageClassification.__name__ not in architectures:
         raise _no_classifier(name, ", ".join(architectures) or str(values.get("model_type") or "something else"))
     model = MAEForImageClassification.from_pretrained(name, dtype=torch.float32)
-    return model, *load_statistics(name, model.config.num_channels, what=f"model={name}")
+    return model, *load_preparation(name, model.config, what=f"model={name}", say=say)
 
 
 def _load_official(path: Path | str, say: Printer) -> Loaded:
@@ -294,7 +301,7 @@ def _load_official(path: Path | str, say: Printer) -> Loaded:
             "save it as a model folder with a preprocessor_config.json"
         )
     say(f"{path} names no classes, so they are numbers, and no mean and std: ImageNet's, as in the official code")
-    return model, IMAGENET_MEAN, IMAGENET_STD, None
+    return model, IMAGENET_MEAN, IMAGENET_STD, None, EvalCrop(height_width(model.config.image_size))
 
 
 def _no_classifier(name: Path | str, what: str) -> ValueError:
@@ -315,19 +322,12 @@ class _One:
         self.split = ""  # of the last data that were measured on
         self.note: str | None = None  # what has to be said of the numbers
         self.task, self.names = judged.task, judged.names
-        self.crop_pct = judged.crop_pct if recipe.crop_pct is None else recipe.crop_pct
+        self.crop = judged.crop if recipe.crop_pct is None else replace(judged.crop, crop_pct=recipe.crop_pct)
         if recipe.classes != "names" and len(self.names) != NUM_CLASSES:
             raise ValueError(
                 f"model={recipe.model} has {len(self.names)} classes and {recipe.name} is judged on ImageNet's "
                 f"{NUM_CLASSES}; name a model trained on ImageNet-1k, or use the preset own"
             )
-
-    @property
-    def shown_crop_pct(self) -> float:
-        """Part of the short side that the pictures show, by MAE's rule where nothing else says."""
-        if self.crop_pct is not None:
-            return self.crop_pct
-        return 224 / 256 if max(self.judged.image_size) <= 224 else 1.0
 
     def __call__(self, data: Data, out: Path | None) -> dict[str, Any]:
         """Return the numbers of one split; write and draw them if there is an `out`."""
@@ -335,14 +335,15 @@ class _One:
         self.split, source = _open(recipe, data, self.trained, self.say)
         split = WholeSplit(
             source,
-            image_size=self.judged.image_size,
+            image_size=self.crop.size,
             channels=self.judged.channels,
             batch=recipe.batch,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             num_workers=recipe.num_workers,
             max_pixels=data.max_pixels,
-            crop_pct=self.crop_pct,
+            crop_pct=self.crop.crop_pct,
+            crop_mode=self.crop.crop_mode,
             names=recipe.labels == "real",
         )
         try:

@@ -51,7 +51,7 @@ class LabelledTraining(Training[L]):
 
     load_with: ClassVar[str]
     test_size: tuple[int, int] | None = None
-    crop_pct: float | None = None
+    crop_pct: float | None
     baseline = "guessing by the frequency of the classes"
 
     def labels(self, source: Source, say: Printer) -> dict[str, Any]:

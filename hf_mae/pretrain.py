@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_mae.data.augment import check_augment
 from hf_mae.data.examples import check_pixels, load_examples
-from hf_mae.data.images import ImageError, Range, decode_image, eval_image
+from hf_mae.data.images import ImageError, Range, crop_center, decode_image, to_array
 from hf_mae.data.order import NOISE, uniforms
 from hf_mae.data.sources import Source, list_splits, open_source
 from hf_mae.evaluation.features import FeatureQuality, logistic_is_too_large
@@ -28,9 +28,10 @@ from hf_mae.models.masking import mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from hf_mae.recipes.checks import check
+from hf_mae.recipes.crop import EvalCrop
 from hf_mae.recipes.defaults import Chosen
 from hf_mae.resolve import model_folder, read_config
-from hf_mae.run import Training, last_model, load_statistics, run
+from hf_mae.run import Training, last_model, load_preparation, run
 from hf_mae.training.loop import Evaluator
 from hf_mae.training.monitors import Printer
 from hf_mae.training.optim import MovingAverage, build_adamw
@@ -83,7 +84,8 @@ class MaskedPretraining(Training[Recipe]):
         if self.recipe.engine.compile:
             for block in [*model.blocks, *model.decoder_blocks]:
                 block.compile(fullgraph=True, dynamic=False)  # in place, so that parameter names stay
-        return Pretraining(model, self.recipe.augment.mean, self.recipe.augment.std)
+        augment = self.recipe.augment
+        return Pretraining(model, augment.mean, augment.std, crop_pct=self.recipe.evals.crop_pct)
 
     def optimizer(self, task: nn.Module) -> torch.optim.Optimizer:
         """Return AdamW over the official parameter groups."""
@@ -110,6 +112,7 @@ class MaskedPretraining(Training[Recipe]):
             image_size=self.image_size,
             channels=self.channels,
             max_pixels=recipe.data.max_pixels,
+            crop_pct=evals.crop_pct,
         )
         found = _labelled_split(recipe, self.source, say) if evals.knn or evals.probe else None
         self.tested_on, labelled = found or (None, None)
@@ -220,8 +223,10 @@ def _labelled_split(recipe: Recipe, source: Source, say: Printer) -> tuple[str, 
     return split, test
 
 
-def load_pretrained(name: str, *, field: str) -> tuple[MAEForPreTraining, list[float], list[float], Range | None]:
-    """Load a model with its decoder, in float32 and evaluation mode, mean, std and pixel range of its input.
+def load_pretrained(
+    name: str, *, field: str
+) -> tuple[MAEForPreTraining, list[float], list[float], Range | None, EvalCrop]:
+    """Load a model with its decoder, in float32 and evaluation mode: it, mean, std, pixel range and crop of its input.
 
     Args:
         name: a run folder (its newest checkpoint), a model folder or Hub id of ours or a vit_mae, or an official file.
@@ -244,7 +249,8 @@ def load_pretrained(name: str, *, field: str) -> tuple[MAEForPreTraining, list[f
                 f"{field}={name} takes {model.config.num_channels} channel(s), and the file does not say their mean "
                 "and std; use `hf-mae convert` with --image-mean and --image-std"
             )
-        return model.eval(), list(IMAGENET_MEAN), list(IMAGENET_STD), None
+        crop = EvalCrop(height_width(model.config.image_size))
+        return model.eval(), list(IMAGENET_MEAN), list(IMAGENET_STD), None, crop
     values = read_config(folder)
     kind, architectures = values.get("model_type"), [str(one) for one in values.get("architectures") or ()]
     ours = kind in ("hf_mae", "vit_mae")
@@ -255,7 +261,7 @@ def load_pretrained(name: str, *, field: str) -> tuple[MAEForPreTraining, list[f
             "reconstruct; name a pretraining model with its decoder (what hf-mae pretrain makes)"
         )
     model = MAEForPreTraining.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, *load_statistics(folder, model.config.num_channels, what=f"{field}={name}")
+    return model, *load_preparation(folder, model.config, what=f"{field}={name}", say=Printer(True))
 
 
 def reconstruct_files(name: str, files: Sequence[Path], out: Path, *, seed: int = 0, overwrite: bool = False) -> None:
@@ -289,13 +295,13 @@ def reconstruct_files(name: str, files: Sequence[Path], out: Path, *, seed: int 
             f"out={out} exists and is not known to be a reconstruction of ours; choose another --out, or replace it "
             "with --overwrite"
         )
-    model, mean, std, pixel_range = load_pretrained(name, field="model")
-    config, size = model.config, height_width(model.config.image_size)
+    model, mean, std, pixel_range, crop = load_pretrained(name, field="model")
+    config = model.config
     images = []
     for path in files:
         try:
             image = decode_image(path.read_bytes(), config.num_channels, pixel_range=pixel_range)
-            images.append(torch.from_numpy(eval_image(image, size).copy()))
+            images.append(torch.from_numpy(to_array(crop_center(image, crop)).copy()))
         except (ImageError, OSError) as error:
             raise ValueError(f"{path} cannot be used: {error}; name an image file") from error
     rows = np.arange(len(images))

@@ -28,9 +28,11 @@ from hf_mae.data.loader import Loader, check_state, loader_state, steps_per_epoc
 from hf_mae.data.order import Order, choose_lanes_and_window
 from hf_mae.data.sources import Source, open_source
 from hf_mae.data.stream import images_per_epoch
+from hf_mae.models.configuration_mae import MAEConfig, height_width
 from hf_mae.patience import one_line
 from hf_mae.recipes.base import Recipe, to_dict
 from hf_mae.recipes.checks import choose_micro_batch
+from hf_mae.recipes.crop import EvalCrop, stated_crop
 from hf_mae.recipes.defaults import Chosen, fit_batch, fit_intervals, is_default, overfills, warn_of_few_updates
 from hf_mae.recipes.mae import PRESETS
 from hf_mae.resolve import model_folder as model_folder
@@ -426,15 +428,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def load_statistics(
-    folder: Path | str, channels: int, *, what: str
-) -> tuple[list[float], list[float], tuple[float, float] | None]:
-    """Return mean and std per channel, and the pixel range, as the image processor of a model says.
+def load_preparation(
+    folder: Path | str, config: MAEConfig, *, what: str, say: Printer
+) -> tuple[list[float], list[float], tuple[float, float] | None, EvalCrop]:
+    """Return mean and std per channel, pixel range and crop of evaluation, as the image processor of a model says.
 
     Args:
         folder: a model folder, or a Hub id that was opened.
-        channels: of the model.
+        config: of the model.
         what: the argument and its value, for messages.
+        say: takes a warning where the crop is not one that evaluation has; the default is taken instead.
 
     Raises:
         ValueError: there is no preprocessor_config.json, or it does not say them for these channels.
@@ -451,12 +454,13 @@ def load_statistics(
         raise ValueError(
             f"{what} {why}, so its mean and std are not known; copy the one that was written beside the weights"
         ) from error
+    channels = config.num_channels
     if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
         raise ValueError(
             f"{what} has image_mean={mean} and image_std={std} in its preprocessor_config.json, and the model takes "
             f"{channels} channel(s); write one value per channel, image_std above 0"
         )
-    return mean, std, pixel_range
+    return mean, std, pixel_range, stated_crop(processor.to_dict(), height_width(config.image_size), say)
 
 
 def progress(batches: Any, accelerator: Accelerator) -> Any:

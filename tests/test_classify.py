@@ -28,10 +28,11 @@ from hf_mae.data.sources import open_source
 from hf_mae.evaluate import evaluate
 from hf_mae.evaluation import features
 from hf_mae.labelled import Noise
-from hf_mae.recipes.base import Augment, Data, Recipe, from_dict
+from hf_mae.recipes.base import Augment, Data, Recipe, from_dict, to_dict
 from hf_mae.recipes.classification import ClassifierEvals, ClassifierRecipe, check_classifier
 from hf_mae.recipes.evaluation import EVALUATIONS
 from hf_mae.recipes.transfer import FINETUNE, PROBE
+from hf_mae.training.run_folder import _check_recipe
 
 CLOCK = {"images_per_second", "eval_images_per_second", "seconds_waiting_for_data", "waiting_share"}
 
@@ -57,7 +58,7 @@ def probe(tmp_path, encoder):
         out=str(tmp_path / "probe"),
         init_from=str(encoder),
         augment=replace(PROBE["probe-digits"].augment, crop="center"),
-        evals=ClassifierEvals(split="test", pictures=False, knn=True),
+        evals=ClassifierEvals(split="test", pictures=False, knn=True, crop_pct=1.0),
         **SHORT,
     )
 
@@ -480,6 +481,35 @@ def test_bad_images_in_cached_features_are_said_and_limited(probe, tmp_path, cap
     with pytest.raises(RuntimeError, match="2 of 80 training images cannot be decoded"):
         classify(strict)
     assert "were encoded before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("crop_pct", "edge"), [(1.0, 8), (None, 9)])
+def test_what_is_measured_is_what_the_folder_states(probe, tmp_path, capsys, crop_pct, edge):
+    """Digits have the input's size: 341adb0 measured whole images and stated a crop."""
+    classify(replace(probe, out=str(tmp_path / "other"), evals=replace(probe.evals, crop_pct=0.5)))
+    capsys.readouterr()
+    out = classify(replace(probe, evals=replace(probe.evals, crop_pct=crop_pct)))
+    assert "were encoded before" not in capsys.readouterr().err  # of another crop
+    stated = json.loads((last(out) / "model" / "preprocessor_config.json").read_text())
+    assert stated["size"] == {"shortest_edge": edge}
+    own = replace(EVALUATIONS["own"], model=str(out), data=Data(path="digits", split="test"), pictures=False)
+    found = evaluate(replace(own, out=str(tmp_path / "evaluated")))
+    assert found["top1"] == [row["top1"] for row in rows(out) if "top1" in row][-1]
+    summary = json.loads((tmp_path / "evaluated" / "summary.json").read_text())
+    assert int(8 / summary["crop_pct"]) == edge
+
+
+def test_a_run_without_the_crop_in_its_recipe_goes_on_and_says_so(recipe, tmp_path):
+    """Its checkpoints are of 341adb0; a crop that was chosen may not change."""
+    values = to_dict(recipe)
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"evals.crop_pct was None, is 1.0"):
+        _check_recipe(replace(recipe, evals=replace(recipe.evals, crop_pct=1.0)), tmp_path)
+    del values["evals"]["crop_pct"]
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    for crop_pct in (None, 1.0):
+        notes = _check_recipe(replace(recipe, evals=replace(recipe.evals, crop_pct=crop_pct)), tmp_path)
+        assert [f"evals.crop_pct={crop_pct}" in note for note in notes] == [True]
 
 
 def test_a_damaged_cache_is_encoded_again(probe, tmp_path, capsys):

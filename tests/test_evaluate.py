@@ -18,9 +18,11 @@ from PIL import Image
 
 from hf_mae import MAEConfig, MAEForImageClassification
 from hf_mae.data.imagenet import ALEXNET_ERRORS, a_classes, class_of
+from hf_mae.data.images import crop_center, to_array
 from hf_mae.evaluate import CSV_COLUMNS, csv_row, default_out, evaluate
 from hf_mae.models.timm_models import TimmSpec, create, load, write_timm_folder
 from hf_mae.recipes.base import Data
+from hf_mae.recipes.crop import EvalCrop
 from hf_mae.recipes.evaluation import EVALUATIONS
 from hf_mae.training.tasks import Classification
 
@@ -43,7 +45,7 @@ def model(tmp_path):
         head_init_std=1.0,
     )
     made = MAEForImageClassification(config)
-    task = Classification(made, (0.5,), (0.5,))
+    task = Classification(made, (0.5,), (0.5,), crop_pct=1.0)  # the pictures of these tests have its size
     task.write_model(tmp_path / "model", {k: v.contiguous() for k, v in made.state_dict().items()})
     return tmp_path / "model"
 
@@ -207,7 +209,7 @@ def test_labels_without_names_are_the_numbers_of_a_model_that_was_trained_on_suc
     assert ask("own", model, tmp_path, data)["top1"] == 4 / 6
     named = MAEForImageClassification.from_pretrained(model)
     named.config.id2label = {i: f"thing {i}" for i in range(1000)}
-    Classification(named, (0.5,), (0.5,)).write_model(tmp_path / "named", dict(named.state_dict()))
+    Classification(named, (0.5,), (0.5,), crop_pct=1.0).write_model(tmp_path / "named", dict(named.state_dict()))
     with pytest.raises(ValueError, match="the labels have no names to find the model's classes by"):
         ask("own", tmp_path / "named", tmp_path, data)
 
@@ -241,9 +243,52 @@ def test_an_official_file_is_evaluated_with_the_mean_and_std_of_imagenet(officia
     made, right = MAEForImageClassification.from_official(official).eval(), 0
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for file in (tmp_path / "data").rglob("*.png"):
-        pixels = torch.from_numpy(np.asarray(Image.open(file).convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
+        picture = Image.open(file).convert("RGB").resize((9, 9), Image.Resampling.BICUBIC).crop((0, 0, 8, 8))
+        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
         right += int(made((pixels - mean) / std).logits.argmax()) == int(file.parent.name)
     assert found["top1"] == right / 10
+
+
+@pytest.mark.parametrize(
+    ("size", "stated", "asked", "expected"),
+    [
+        ((8, 8), {"shortest_edge": 9}, {}, EvalCrop((8, 8))),  # of 341adb0 as of now
+        ((8, 8), {"shortest_edge": 8}, {}, EvalCrop((8, 8), 1.0)),
+        ((8, 8), {"shortest_edge": 8}, {"image_size": 16}, EvalCrop((16, 16), 1.0)),
+        ((8, 8), {"shortest_edge": 9}, {"image_size": 256}, EvalCrop((256, 256))),
+        ((8, 8), {"shortest_edge": 8}, {"crop_pct": 0.5}, EvalCrop((8, 8), 0.5)),
+        ((8, 8), {"height": 8, "width": 8}, {}, EvalCrop((8, 8), 1.0, "squash")),
+        ((8, 16), {"height": 8, "width": 16}, {}, EvalCrop((8, 16))),
+        ((8, 16), {"height": 16, "width": 32}, {}, EvalCrop((8, 16), 0.5)),
+        ((8, 16), {"shortest_edge": 18}, {}, EvalCrop((8, 16))),  # wrong, of 341adb0
+        ((8, 16), {"shortest_edge": 18}, {"crop_pct": 0.5}, EvalCrop((8, 16), 0.5)),
+    ],
+)
+def test_a_folder_is_evaluated_as_it_states(tmp_path, capsys, size, stated, asked, expected):
+    made = MAEForImageClassification(MAEConfig(**tiny(size)))
+    folder = tmp_path / "model"
+    Classification(made, (0.5,), (0.5,)).write_model(folder, {k: v.contiguous() for k, v in made.state_dict().items()})
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"size": stated}))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8))
+    for name in ("0", "1"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        picture.save(tmp_path / "data" / name / "0.png")
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classification, "normalize", lambda self, pixels: shown.append(pixels) or pixels.float())
+        ask("own", folder, tmp_path, tmp_path / "data", **asked)
+    assert np.array_equal(shown[0][0].numpy(), to_array(crop_center(picture, expected)))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["image_size"], summary["crop_pct"]) == (list(expected.size), expected.pct)
+    assert summary["crop_mode"] == expected.mode
+    wrong = size != (8, 8) and "shortest_edge" in stated
+    assert ("export the model again" in capsys.readouterr().err) == wrong
+
+
+def tiny(size):
+    shape = {"image_size": size, "patch_size": 4, "num_channels": 1, "hidden_size": 8}
+    return shape | {"num_hidden_layers": 1, "num_attention_heads": 1, "id2label": {0: "0", 1: "1"}}
 
 
 def test_an_official_file_without_a_head_is_no_classifier(official, tmp_path):

@@ -566,7 +566,7 @@ def test_an_official_file_is_reconstructed_with_the_authors_mean_and_std(tmp_pat
     torch.save({"model": model.state_dict(), "args": arguments}, tmp_path / "mae.pth")
     Image.new("RGB", (20, 20), (250, 10, 99)).save(tmp_path / "a.png")
     main(["reconstruct", str(tmp_path / "mae.pth"), str(tmp_path / "a.png"), "--out", str(tmp_path / "r.png")])
-    found, mean, std, _ = load_pretrained(str(tmp_path / "mae.pth"), field="model")
+    found, mean, std, _, _ = load_pretrained(str(tmp_path / "mae.pth"), field="model")
     assert (mean, std) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
     assert found.config.norm_pix_loss
     assert torch.equal(found.mask_token, model.mask_token)

@@ -17,12 +17,14 @@ from PIL import Image, ImageOps
 
 from hf_mae.cards.options import CardOptions
 from hf_mae.cards.records import Records
-from hf_mae.data.images import decode_image, eval_image
+from hf_mae.data.images import crop_center, decode_image, to_array
 from hf_mae.evaluation.charts import BLUE, bare, draw_learning, save
 from hf_mae.evaluation.class_charts import draw_confusion, draw_per_class, draw_reliability
 from hf_mae.evaluation.classification import Bin, ClassResults, Mistake
 from hf_mae.evaluation.reconstruction import draw_grid, fixed_noise, reconstruct
+from hf_mae.models.configuration_mae import height_width
 from hf_mae.models.modeling_mae import MAEForPreTraining
+from hf_mae.recipes.crop import stated_crop
 
 MAX_SIDE = 1024
 """Pixels of a published sample."""
@@ -127,12 +129,12 @@ def _draw_learning(records: Records, path: Path) -> None:
 
 def _draw_reconstruction(records: Records, samples: Sequence[Path], path: Path) -> None:
     model = MAEForPreTraining.from_pretrained(records.folder).eval()
-    size, channels = model.config.image_size, model.config.num_channels
-    height, width = (size, size) if isinstance(size, int) else size
+    size = height_width(model.config.image_size)
+    crop = stated_crop(records.preprocessing, size, say=lambda _: None)  # the export has said it
     stated = records.preprocessing.get("pixel_range")
     limits = None if stated is None else (float(stated[0]), float(stated[1]))
-    opened = [decode_image(s.read_bytes(), channels, pixel_range=limits) for s in samples]
-    arrays = [eval_image(image, (height, width)) for image in opened]
+    opened = [decode_image(s.read_bytes(), model.config.num_channels, pixel_range=limits) for s in samples]
+    arrays = [to_array(crop_center(image, crop)) for image in opened]
     images = torch.stack([torch.from_numpy(array.copy()) for array in arrays])  # [N, C, H, W]
     noise = fixed_noise(model.config, len(images), seed=0)
     mean, std = records.preprocessing["image_mean"], records.preprocessing["image_std"]

@@ -29,6 +29,7 @@ from hf_mae.models.configuration_mae import MAEConfig
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD, VIT_SIZES
+from hf_mae.recipes.crop import EvalCrop
 
 _SIZES = {768: "b", 1024: "l", 1280: "h"}
 """Letter of a size, by its width."""
@@ -122,10 +123,7 @@ def _records(official: Official) -> Records:
         },
         config=told,
         preprocessing={
-            "size": {"shortest_edge": 256},
-            "do_center_crop": True,
-            "crop_size": {"height": 224, "width": 224},
-            "resample": 3,
+            **EvalCrop((224, 224)).processor(),
             "do_convert_rgb": True,
             "image_mean": list(IMAGENET_MEAN),
             "image_std": list(IMAGENET_STD),

@@ -9,6 +9,7 @@ from typing import Any
 from hf_mae.cards.facts import Fact, maybe
 from hf_mae.cards.private import last_part, published
 from hf_mae.cards.records import Records
+from hf_mae.recipes.crop import EvalCrop, read_crop
 from hf_mae.recipes.fields import choose
 
 METRICS = {
@@ -113,24 +114,27 @@ def measured(records: Records, data: str, dataset_id: str | None) -> list[Result
 def transform_words(summary: Mapping[str, Any]) -> str:
     """Return the size and crop of an evaluation's pictures in words."""
     size, crop = summary.get("image_size"), summary.get("crop_pct")
+    squashed = ", whatever the aspect" if summary.get("crop_mode") == "squash" else ""
     words = "x".join(map(str, size)) if size else "size not recorded"
-    return words + (f", crop {crop:g}" if crop is not None else ", crop not recorded")
+    return words + (f", crop {crop:g}{squashed}" if crop is not None else ", crop not recorded")
 
 
 def _is_as_exported(summary: Mapping[str, Any], prepared: Mapping[str, Any]) -> bool:
-    """Return whether an evaluation showed pictures as the export prepares them, by size and by share of the side."""
+    """Return whether an evaluation showed pictures as the export prepares them."""
     size, crop = summary.get("image_size"), summary.get("crop_pct")
     if not size or crop is None or not prepared:
         return False
-    if "input_size" in prepared:  # of timm
-        shown = list(prepared.get("test_input_size") or prepared["input_size"])[1:]
-        return shown == list(size) and abs(float(prepared.get("test_crop_pct") or prepared["crop_pct"]) - crop) < 1e-6
-    whole = prepared.get("size", {})
-    cut = prepared.get("crop_size", {}) if prepared.get("do_center_crop") else whole
-    if [cut.get("height"), cut.get("width")] != list(size):
+    try:
+        shown = EvalCrop(tuple(size), crop, summary.get("crop_mode") or "center")  # there was no other before
+        if "input_size" in prepared:  # of timm
+            shape = tuple(prepared.get("test_input_size") or prepared["input_size"])[1:]
+            pct = prepared.get("test_crop_pct") or prepared["crop_pct"]
+            stated = EvalCrop(shape, pct, prepared.get("crop_mode") or "center")
+        else:
+            stated = read_crop(prepared, shown.size)
+    except ValueError:
         return False
-    short = whole.get("shortest_edge") or min(whole.get("height", 0), whole.get("width", 0))
-    return abs(short - min(size) / crop) < 1  # both codes cut the fraction of a pixel
+    return (shown.size, shown.target, shown.mode) == (stated.size, stated.target, stated.mode)
 
 
 def _monitored(records: Records) -> Fact | None:

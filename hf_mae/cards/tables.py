@@ -188,6 +188,7 @@ def preprocessing_table(records: Records) -> list[Row]:
         table: list[Row] = [
             ("input (channels, height, width)", Fact("x".join(map(str, size)), f"{file}.input_size")),
             ("part of the short side kept by the centre crop", fact(p, "crop_pct", file)),
+            *([("resized", Fact("both sides, whatever the aspect", f"{file}.crop_mode"))] if is_squashed(p) else []),
             ("resampling", fact(p, "interpolation", file)),
         ]
         names = ("mean", "std")
@@ -216,6 +217,11 @@ def preprocessing_table(records: Records) -> list[Row]:
     return table
 
 
+def is_squashed(preprocessing: Mapping[str, Any]) -> bool:
+    """Return whether both sides of an image are resized, whatever its aspect."""
+    return preprocessing.get("crop_mode") == "squash" or "height" in preprocessing.get("size", {})
+
+
 def exactness_table(records: Records) -> list[Row]:
     """Return how far the export is from the model it was made of, and its processor from the evaluation transform."""
     table: list[Row] = []
@@ -231,9 +237,15 @@ def exactness_table(records: Records) -> list[Row]:
         table.append(("images compared", images))
     processor = records.export.get("processor") or {}
     moved = ", after laying the crops over each other" if _is_moved(processor) else ""
-    for name, label in (("pil", 'processor with backend="pil"'), ("default", "processor as loaded by default")):
+    for name, label in (
+        ("pil", 'processor with backend="pil"'),
+        ("default", "processor as loaded by default"),
+        ("timm", "transform that timm makes of pretrained_cfg"),
+    ):
         if (found := maybe(processor, name, f"{EXPORT}: processor", "short")) is not None:
             table.append((f"{label}, largest difference to our evaluation transform{moved}", found))
+    if (images := maybe(processor, "images", f"{EXPORT}: processor")) is not None:
+        table.append(("images prepared by the processor for that, of other sizes, aspects and modes", images))
     return table
 
 
@@ -248,10 +260,16 @@ def processor_words(records: Records) -> str:
             "The image processor does not prepare pictures as our evaluation did (see the differences above), so "
             "accuracy may differ from what was measured."
         )
+    white = (
+        " Of a transparent picture it puts white behind it, where evaluation and pipelines drop the transparency: pass "
+        '`image.convert("RGB")`.'
+        if processor.get("transparency") == "white"
+        else ""
+    )
     return (
         '`AutoImageProcessor.from_pretrained(..., backend="pil")` prepares pictures as our evaluation does, but for '
         "up to one pixel of crop offset, as it rounds the place of the crop in its own way; the default backend "
-        "computes on tensors and rounds pixels differently too."
+        f"computes on tensors and rounds pixels differently too.{white}"
     )
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 
-from hf_mae.data.images import Pixels, Range, center, decode_rows, open_image, resize, resize_to_cover, to_array
+from hf_mae.data.images import MAX_ASPECT, Pixels, Range, decode_rows, open_image, resize, to_array
 from hf_mae.data.order import mix
 from hf_mae.data.rand_augment import (
     AUTO_AUGMENT_DRAWS,
@@ -31,6 +31,7 @@ from hf_mae.data.rand_augment import (
     parse_rand_augment,
 )
 from hf_mae.recipes.base import Augment
+from hf_mae.recipes.crop import official_crop_pct
 from hf_mae.recipes.fields import choose, unknown
 
 Uniforms = Sequence[float] | npt.NDArray[np.float64]
@@ -288,14 +289,43 @@ def _draw_sides(
 
 
 def _crop_resized(image: Image.Image, u: Uniforms, size: tuple[int, int], augment: Augment) -> Image.Image:
-    """Resize, then crop anywhere or at the centre."""
+    """Resize, then crop anywhere or at the centre.
+
+    Not the transform of evaluation: the aspect is kept whatever the input's, an image of exactly its size stays whole
+    under `center`, and of a strip above `MAX_ASPECT` the middle is taken.
+    """
+    height, width = size
+    if augment.crop == "center" and (image.height, image.width) == size:
+        return image
+    image = _resize_to_cover(image, size)
     if augment.crop == "center":
-        return center(image, size)
-    if augment.crop != "fixed":
+        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    elif augment.crop == "fixed":
+        top, left = int(u[0] * (image.height - height + 1)), int(u[1] * (image.width - width + 1))
+    else:
         raise unknown("augment.crop", augment.crop, CROPS)
-    image, (height, width) = resize_to_cover(image, size), size
-    top, left = int(u[0] * (image.height - height + 1)), int(u[1] * (image.width - width + 1))
     return image.crop((left, top, left + width, top + height))
+
+
+def _resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize, keeping the aspect, to the smallest image that covers `size` and the official border of each side."""
+    image = _cut_strip(image)
+    target_h, target_w = (int(side / official_crop_pct(side)) for side in size)
+    # Compared as products, so that a square target means exactly "the short side".
+    if image.width * target_h <= image.height * target_w:
+        shape = max(target_h, int(target_w * image.height / image.width)), target_w
+    else:
+        shape = target_h, max(target_w, int(target_h * image.width / image.height))
+    return resize(image, shape)
+
+
+def _cut_strip(image: Image.Image) -> Image.Image:
+    limit = MAX_ASPECT * min(image.size)
+    if max(image.size) <= limit:
+        return image
+    w, h = min(image.width, limit), min(image.height, limit)
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return image.crop((left, top, left + w, top + h))
 
 
 def _resize_exact(pixels: Pixels, size: tuple[int, int]) -> Pixels:

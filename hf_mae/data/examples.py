@@ -29,7 +29,14 @@ FULL_16_BITS = 2**15
 
 
 def load_examples(
-    source: Source, count: int, *, seed: int, image_size: tuple[int, int], channels: int, max_pixels: int = 89_478_485
+    source: Source,
+    count: int,
+    *,
+    seed: int,
+    image_size: tuple[int, int],
+    channels: int,
+    max_pixels: int = 89_478_485,
+    crop_pct: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Load a fixed subset for evaluation, with the centre transform; bad images are passed over.
 
@@ -43,6 +50,7 @@ def load_examples(
         image_size: (height, width) in pixels.
         channels: 3 or 1.
         max_pixels: largest picture that is decoded.
+        crop_pct: see `EvalCrop`; None is the default of this size.
 
     Returns:
         pixel_values uint8 [n, C, H, W], labels int64 [n] (-1 none).
@@ -71,7 +79,8 @@ def load_examples(
             except ImageError as error:
                 bad[source.describe(chunk, row)] = data.error or str(error)  # the training loop counts and lists them
                 continue
-            found.append(_Example(int(good[place]), place, eval_image(image, image_size), int(data.labels[row])))
+            pixels = eval_image(image, image_size, crop_pct)
+            found.append(_Example(int(good[place]), place, pixels, int(data.labels[row])))
             good[place] += 1
         return found
 

@@ -41,12 +41,14 @@ from PIL import (
     features,
 )
 
+from hf_mae.recipes.crop import EvalCrop
+
 Pixels = npt.NDArray[np.uint8]
 Range = tuple[float, float]
 """Stored values that become 0 and 255."""
 
 MAX_ASPECT = 16
-"""Resizing the short side of a longer strip is done on its middle part of this aspect (5000x1 would become 327 MP)."""
+"""Longer strips are not resized as a whole: resizing the short side of 5000x1 would make 327 MP of it."""
 
 EXTENSIONS = frozenset(
     [
@@ -532,56 +534,35 @@ def _decode_plain_jpeg(
 def eval_image(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Pixels:
     """Resize and crop the centre, as for evaluation: uint8 [C, H, W].
 
-    A picture of exactly `size` is returned as it is (32x32 data sets would otherwise lose their border). Any other is
-    resized so that the crop covers 224/256 of its short side up to 224 pixels, all of it beyond (official evaluation).
-
     Args:
         image: from `decode_image`.
         size: (height, width) of the result, in pixels.
-        crop_pct: share of the short side that the crop covers, in (0, 1]; given, it holds for pictures of exactly
-            `size` too.
+        crop_pct: see `EvalCrop`; None is the default of this size.
     """
-    return to_array(center(image, size, crop_pct))
+    return to_array(crop_center(image, EvalCrop(size, crop_pct)))
 
 
-def center(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Image.Image:
-    """Resize and crop the centre; see `eval_image`."""
-    height, width = size
-    if crop_pct is None and (image.height, image.width) == size:
-        return image
-    image = resize_to_cover(image, size, crop_pct)
-    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-    return image.crop((left, top, left + width, top + height))
+def crop_center(image: Image.Image, crop: EvalCrop) -> Image.Image:
+    """Resize and crop the centre by the rule of evaluation, with the bits of torchvision on Pillow.
 
-
-def resize_to_cover(image: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Image.Image:
-    """Resize, keeping the aspect, to the smallest picture that covers `size` and its border."""
-    image = _cut_strip(image)
-    if crop_pct is not None:
-        target_h, target_w = (int(side / crop_pct) for side in size)
-    else:
-        target_h, target_w = (int(side * 256 / 224) if side <= 224 else side for side in size)
-    # Compared as products, so that a square target means exactly "the short side".
-    if image.width * target_h <= image.height * target_w:
-        shape = target_w, max(target_h, int(target_w * image.height / image.width))
-    else:
-        shape = max(target_w, int(target_h * image.width / image.height)), target_h
-    return resize(image, (shape[1], shape[0]))
+    Of strips above `MAX_ASPECT` only the part that is shown is resized, whose pixels may differ from the official ones
+    by rounding (1 of 255): the whole of 5000x1 would become 327 MP.
+    """
+    (height, width), (resized_h, resized_w) = crop.size, crop.resized(image.height, image.width)
+    top, left = crop.corner(resized_h, resized_w)
+    if max(resized_h, resized_w) > MAX_ASPECT * max(crop.target):
+        scale_h, scale_w = image.height / resized_h, image.width / resized_w
+        right, bottom = min((left + width) * scale_w, image.width), min((top + height) * scale_h, image.height)
+        bicubic = Image.Resampling.BICUBIC  # rows first, then columns, as Pillow does for the whole
+        image = image.resize((width, image.height), bicubic, (left * scale_w, 0, right, image.height))
+        return image.resize((width, height), bicubic, (0, top * scale_h, width, bottom))
+    return resize(image, (resized_h, resized_w)).crop((left, top, left + width, top + height))
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize to (height, width) with the bicubic filter of Pillow, as all pictures here are."""
+    """Resize to (height, width) with the bicubic filter of Pillow, as all images here are."""
     height, width = size
     return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _cut_strip(image: Image.Image) -> Image.Image:
-    limit = MAX_ASPECT * min(image.size)
-    if max(image.size) <= limit:
-        return image
-    w, h = min(image.width, limit), min(image.height, limit)
-    left, top = (image.width - w) // 2, (image.height - h) // 2
-    return image.crop((left, top, left + w, top + h))
 
 
 def to_array(image: Image.Image) -> Pixels:

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from hf_mae.data.formats import Chunk, Source
-from hf_mae.data.images import ImageError, decode_image, eval_image
+from hf_mae.data.images import ImageError, crop_center, decode_image, to_array
 from hf_mae.data.loader import first_reasons
+from hf_mae.recipes.crop import CropMode, EvalCrop
 
 GROUP = 8
 """Rows a thread decodes before it looks for other work."""
@@ -60,7 +61,8 @@ class WholeSplit:
         world: number of processes.
         num_workers: threads that decode; 0 counts as 1.
         max_pixels: largest picture that is decoded.
-        crop_pct: see `eval_image`; None is the official rule.
+        crop_pct: see `EvalCrop`; None is the default of this size.
+        crop_mode: likewise.
         names: `file_names` will be asked for: refuse now a format that keeps none.
 
     Raises:
@@ -79,19 +81,18 @@ class WholeSplit:
         num_workers: int = 2,
         max_pixels: int = 89_478_485,
         crop_pct: float | None = None,
+        crop_mode: CropMode | None = None,
         names: bool = False,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
-        if crop_pct is not None and not 0 < crop_pct <= 1:
-            raise ValueError(f"crop_pct={crop_pct} must lie in (0, 1]; 0.875 is the usual one up to 224 pixels")
         if names and source.names(0) is None:
             raise ValueError(
                 f"{source.where}: the rows carry no file names, which this evaluation needs; use a folder of the "
                 "original files"
             )
-        self.source = source
-        self._size, self._channels, self._max_pixels, self._crop_pct = image_size, channels, max_pixels, crop_pct
+        self.source, self.crop = source, EvalCrop(image_size, crop_pct, crop_mode)
+        self._channels, self._max_pixels = channels, max_pixels
         self._batch, self._workers = batch, max(1, num_workers)
         self._ends = np.cumsum(source.sizes)
         self.num_rows = int(self._ends[-1])
@@ -126,7 +127,7 @@ class WholeSplit:
                 open_chunks = {chunk: future for chunk, future in open_chunks.items() if chunk in wanted}
                 for chunk in sorted(wanted - set(open_chunks)):
                     open_chunks[chunk] = readers.submit(self.source.read, chunk)
-                pixels = np.empty((stop - start, self._channels, *self._size), dtype=np.uint8)
+                pixels = np.empty((stop - start, self._channels, *self.crop.size), dtype=np.uint8)
                 jobs, at = [], 0
                 for group in _groups(parts):
                     work = [(part, open_chunks[part.chunk]) for part in group]
@@ -169,7 +170,7 @@ class WholeSplit:
                 except ImageError as error:
                     failures[at] = chunk.error or str(error)
                     continue
-                out[at] = eval_image(image, self._size, self._crop_pct)
+                out[at] = to_array(crop_center(image, self.crop))
         return _Decoded(labels, failures)
 
     def _image(self, chunk: Chunk, row: int) -> Image.Image:
@@ -208,7 +209,7 @@ class WholeSplit:
         """
         number, at = self._place(row)
         image = self._image(self.source.read(number), at)
-        return torch.from_numpy(eval_image(image, self._size, self._crop_pct).copy())
+        return torch.from_numpy(to_array(crop_center(image, self.crop)).copy())
 
     def check(self) -> None:
         """Refuse a split of which no image can be decoded; reads chunks up to the first good image.

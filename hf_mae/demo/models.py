@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_mae import evaluate
-from hf_mae.data.images import ImageError, Range, decode_image, eval_image, stated_range
+from hf_mae.data.images import ImageError, Range, crop_center, decode_image, stated_range, to_array
 from hf_mae.data.order import NOISE, uniforms
 from hf_mae.evaluation.reconstruction import reconstruct
 from hf_mae.models.configuration_mae import height_width
@@ -26,6 +26,7 @@ from hf_mae.models.convert import check_files, check_finite, list_names
 from hf_mae.models.masking import MaskStrategy, check_masking, count_kept, mask_noise, num_uniforms
 from hf_mae.models.modeling_mae import MAEForPreTraining
 from hf_mae.pretrain import load_pretrained
+from hf_mae.recipes.crop import EvalCrop
 from hf_mae.resolve import model_folder, read_config
 from hf_mae.training.monitors import Printer
 from hf_mae.training.tasks import TimmClassification
@@ -47,13 +48,15 @@ class Reconstructor:
         mean: per channel, of the input scaled to [0, 1].
         std: per channel, likewise.
         pixel_range: stored values that became black and white in training, see `hf_mae.data.images.decode_image`.
+        crop: how images are cropped.
     """
 
     name: str
     model: MAEForPreTraining
     mean: Sequence[float]
     std: Sequence[float]
-    pixel_range: Range | None = None
+    pixel_range: Range | None
+    crop: EvalCrop
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def reconstruct_picture(
         )
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed={seed:.16g} is out of range; take 0 to {MAX_SEED}")
-    pixels = eval_image(open_picture(path, config.num_channels, reconstructor.pixel_range), size)  # [C, H, W]
+    image = open_picture(path, config.num_channels, reconstructor.pixel_range)
+    pixels = to_array(crop_center(image, reconstructor.crop))  # [C, H, W]
     drawn = uniforms(num_uniforms(strategy, grid), seed, np.zeros(1, np.int64), np.zeros(1, np.int64), NOISE)
     noise = mask_noise(strategy, torch.from_numpy(drawn).float(), grid, config.mask_ratio)
     # The same weights under another config: two visitors at once do not share their settings.
@@ -130,7 +134,7 @@ def reconstruct_picture(
     )
     named = (("original", out.original), ("masked", out.masked), ("predicted", out.predicted), ("pasted", out.pasted))
     note = (
-        f"{size[1]} x {size[0]} pixels after resizing and cutting out the centre; {removed} of {L} patches removed. "
+        f"{size[1]} x {size[0]} pixels ({reconstructor.crop.words()}); {removed} of {L} patches removed. "
         "Pasted is the prediction where patches were removed, and the original elsewhere."
     )
     if out.uses_true_statistics:
@@ -162,7 +166,7 @@ def load_classifier(name: str) -> Classifier:
         each = task.model.config.problem_type == "multi_label_classification"
 
     def scores(picture: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(eval_image(picture, judged.image_size, judged.crop_pct).copy())[None]
+        pixels = torch.from_numpy(to_array(crop_center(picture, judged.crop)).copy())[None]
         logits = task.logits({"pixel_values": pixels})[0].float()
         return logits.sigmoid() if each else logits.softmax(-1)
 

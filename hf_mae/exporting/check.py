@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def main(request_path: Path) -> None:
             with torch.no_grad():
                 found = forward({key: value.to(dtype) for key, value in inputs.items()})
             outputs |= {f"{name}.{route}.{key}": found[key].contiguous() for key in request["outputs"]}
-    outputs |= {f"processor.{name}": pixels.contiguous() for name, pixels in _process(request).items()}
+    images = [Image.open(path) for path in request["decoded"]]
+    found = process(request["folder"], request["library"], images)
+    outputs |= {f"processor.{name}": pixels.contiguous() for name, pixels in found.items()}
     if request["pipeline"]:
         answer["pipeline"], pixels = _run_pipeline(request)
         outputs["pipeline.pixel_values"] = pixels.contiguous()
@@ -79,22 +82,34 @@ def _routes(request: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return routes
 
 
-def _process(request: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the pictures as each backend of the image processor prepares them, by BACKEND.NUMBER."""
+def process(folder: str, library: str, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+    """Return the images as each backend of the folder's image processor prepares them, by BACKEND.NUMBER.
+
+    Args:
+        folder: with its processor, whatever else is there.
+        library: `timm` if its config.json is of that format, else `transformers`.
+        images: of any size.
+
+    Returns:
+        float [1, C, H, W], normalised.
+    """
     from transformers import AutoImageProcessor
 
-    pictures = [Image.open(path) for path in request["decoded"]]
-    backends: dict[str, dict[str, str]] = {"default": {}}
-    if request["library"] == "transformers":
-        backends["pil"] = {"backend": "pil"}
-    processors = {
-        name: AutoImageProcessor.from_pretrained(request["folder"], **options) for name, options in backends.items()
-    }
-    return {
-        f"{name}.{number}": processor(picture, return_tensors="pt")["pixel_values"]
-        for name, processor in processors.items()
-        for number, picture in enumerate(pictures)
-    }
+    def stock(**options: str) -> Any:
+        processor = AutoImageProcessor.from_pretrained(folder, **options)
+        return lambda image: processor(image, return_tensors="pt")["pixel_values"]
+
+    backends: dict[str, Any] = {"default": stock()}
+    if library == "timm":
+        from timm.data.config import resolve_data_config
+        from timm.data.transforms_factory import create_transform
+
+        config = json.loads((Path(folder) / "config.json").read_text())
+        transform: Any = create_transform(**resolve_data_config(pretrained_cfg=config["pretrained_cfg"]))
+        backends["timm"] = lambda image: transform(image)[None]
+    else:
+        backends["pil"] = stock(backend="pil")
+    return {f"{name}.{i}": run(image) for name, run in backends.items() for i, image in enumerate(images)}
 
 
 def _run_pipeline(request: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:

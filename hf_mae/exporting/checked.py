@@ -9,25 +9,23 @@ from typing import Any, cast
 
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hf_mae.exporting.files import write_json
 from hf_mae.exporting.parity import (
     PIXEL_TOLERANCE,
     TOLERANCE,
     Outputs,
-    Stranger,
     compare,
     compare_pipeline,
     compare_processor,
     decoded,
     example_pixels,
     largest_difference,
-    odd_pictures,
     ours,
     prepare,
-    prepare_rounding_down,
     run_stock,
+    trial_images,
 )
 from hf_mae.exporting.questions import noise, question
 from hf_mae.exporting.source import MULTI_LABEL, STOCK, Source, Target
@@ -72,12 +70,12 @@ def write_stock(source: Source, target: Target, folder: Path, picture: Path, say
 
     image = decoded(picture, source.channels)
     mean, std = source.processor["image_mean"], source.processor["image_std"]
-    pixels = example_pixels(prepare(image, source.size, source.crop_pct), mean, std)
+    pixels = example_pixels(prepare(image, source.crop), mean, std)
     inputs: Outputs = {"pixel_values": pixels}
     if target == "vit_mae":
         inputs["noise"] = noise(pixels, cast(MAEPreTrainedModel, model))
     mine = ours(model, forward, inputs)
-    images = odd_pictures(image, source.size)
+    images = trial_images(image, source.crop, converts=library == "transformers" and source.channels == 3)
     stranger = run_stock(folder, request, inputs, picture, images)
     parity: dict[str, Any] = dict(compare(mine, stranger))
     if model is not source.model:
@@ -85,7 +83,8 @@ def write_stock(source: Source, target: Target, folder: Path, picture: Path, say
     parity |= {"images": len(pixels), "what": what, "tolerance": _tolerances("folding" in parity)}
     if source.classes is not None:
         compare_pipeline(model, forward, source.classes, sigmoid=source.bce, stranger=stranger)
-    processor, notes = _judge_processor(images, library, stranger, source, say)
+    seen = {name.removeprefix("processor."): pixels for name, pixels in stranger.outputs.items()}
+    processor, notes = judge_processor(images, library, seen, source, say)
     changes += notes
     if source.channels != 3:
         say(
@@ -154,31 +153,28 @@ def _tolerances(folded: bool) -> dict[str, Any]:
     return TOLERANCE | ({"folding": FOLDING_TOLERANCE} if folded else {}) | {"of": relative}
 
 
-def _judge_processor(
-    images: list[Image.Image], library: str, stranger: Stranger, source: Source, say: Say
+def judge_processor(
+    images: list[Image.Image], library: str, theirs: Mapping[str, Tensor], source: Source, say: Say
 ) -> tuple[dict[str, Any], list[str]]:
     """Compare the image processor with our evaluation.
 
     Returns:
-        `pil` and `default`: how far the pixels of these backends are from ours, where a crop may lie `shift` (rows,
-        columns) higher and further left; and `agrees`, whether that is no more than other rounding. And what is to be
-        known: sentences, which are said as well.
+        What `compare_processor` found, and what is to be known: sentences, which are said as well.
+
+    Raises:
+        RuntimeError: they differ, and the processor is not one that the user gave.
     """
-    if library == "transformers":
-        prepared, shifts = zip(*(prepare_rounding_down(image, source.size) for image in images), strict=True)
-    else:
-        prepared, shifts = [prepare(image, source.size, source.crop_pct) for image in images], [[0, 0]]
-    found = compare_processor(prepared, stranger, source.processor["image_mean"], source.processor["image_std"])
-    far = [name for name, value in found.items() if value is not None and value > PIXEL_TOLERANCE[name]]
-    judged = {**found, "shift": [max(one) for one in zip(*shifts, strict=True)], "agrees": not far}
-    notes = []
-    for backend, difference in found.items():
-        if backend in far:
-            why = "; it was given" if source.given else "; it has no way to crop a picture that is not square as we do"
-            notes.append(
-                f"pictures prepared by the {backend} image processor differ from those of our evaluation by up to "
-                f"{difference:.2g} of the range of a pixel{why}: the accuracy may differ from what was measured"
-            )
-    for note in notes:
-        say(f"warning: {note}")
-    return judged, notes
+    mean, std = source.processor["image_mean"], source.processor["image_std"]
+    found = compare_processor(images, theirs, library, source.crop, mean, std)
+    if found["agrees"]:
+        return found, []
+    largest = max(value for name in PIXEL_TOLERANCE[library] if (value := found[name]) is not None)
+    what = (
+        f"images prepared by the image processor of the folder differ from those of our evaluation "
+        f"({source.crop.words()}) by up to {largest:.2g} of the range of a pixel"
+    )
+    if not source.given:
+        raise RuntimeError(f"{what}; the export is not kept. Please report this with the versions of {library}")
+    note = f"{what}; it was given: the accuracy may differ from what was measured"
+    say(f"warning: {note}")
+    return found, [note]

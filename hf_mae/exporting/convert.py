@@ -7,7 +7,6 @@ overlooked shows as another number.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,6 +34,7 @@ from hf_mae.models.pos_embed import sincos_pos_embed
 from hf_mae.models.timm_spec import timm_library
 from hf_mae.patience import explain, patient
 from hf_mae.recipes.base import IMAGENET_MEAN
+from hf_mae.recipes.crop import EvalCrop
 from hf_mae.resolve import locate, read_config, read_json
 
 RECORD = "conversion.json"
@@ -152,7 +152,7 @@ def _read(source: str, overrides: dict[str, Any], say: Callable[[str], None]) ->
     if values.get("model_type") == "vit_mae":
         foreign = _read_vit_mae(folder, name, overrides)
     elif {"architecture", "pretrained_cfg"} <= values.keys():
-        foreign = _read_timm(folder, name, values, overrides)
+        foreign = _read_timm(folder, name, values, overrides, say)
     elif values.get("model_type") == "hf_mae":
         raise ValueError(f"{source} is a model of this package already; nothing is left to convert.")
     else:
@@ -223,7 +223,9 @@ def _read_vit_mae(folder: Path, name: str, overrides: dict[str, Any]) -> _Foreig
     return _Foreign(name, weights, config, sha256, "vit_mae", processor=processor, reference=reference)
 
 
-def _read_timm(folder: Path, name: str, values: dict[str, Any], overrides: dict[str, Any]) -> _Foreign:
+def _read_timm(
+    folder: Path, name: str, values: dict[str, Any], overrides: dict[str, Any], say: Callable[[str], None]
+) -> _Foreign:
     cfg, arguments = values["pretrained_cfg"], values.get("model_args") or {}
     weights = load_folder(folder)
     fields: dict[str, Any] = {"num_attention_heads": arguments["num_heads"]} if "num_heads" in arguments else {}
@@ -236,10 +238,12 @@ def _read_timm(folder: Path, name: str, values: dict[str, Any], overrides: dict[
         names = tuple(labels)
     elif _kind(weights) == "classifier" and config.num_labels == IMAGENET_CLASSES:
         names = imagenet_names()  # as timm itself reads a thousand classes without names
-    side = max(height, width)
     processor: dict[str, Any] = {"image_mean": list(cfg["mean"]), "image_std": list(cfg["std"])}
     if cfg.get("crop_pct"):
-        processor["size"] = {"shortest_edge": math.floor(side / cfg["crop_pct"])}
+        try:
+            processor |= EvalCrop((height, width), cfg["crop_pct"], cfg.get("crop_mode") or "center").processor()
+        except ValueError as error:
+            say(f"warning: {error}. Images will be prepared otherwise: {EvalCrop((height, width)).words()}")
 
     def reference(config: MAEConfig) -> Reference:
         del config

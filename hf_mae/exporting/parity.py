@@ -6,6 +6,7 @@ in float32 is the order of sums.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -24,14 +25,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_mae.data.images import Pixels, decode_image, eval_image, resize_to_cover, to_array
+from hf_mae.data.images import MAX_ASPECT, Pixels, crop_center, decode_image, resize, to_array
 from hf_mae.exporting import check
+from hf_mae.recipes.crop import EvalCrop
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 """Largest difference allowed, absolute up to 1, then relative to the largest output."""
-PIXEL_TOLERANCE = {"pil": 1e-6, "default": 2 / 255 + 1e-6}
-"""The same for the image processor, of pixels in [0, 1]: the default one resizes with other rounding than Pillow, which
-moves a pixel by 1 of 255, and by 2 where a picture is enlarged."""
+PIXEL_TOLERANCE: Mapping[str, Mapping[str, float]] = {
+    "transformers": {"pil": 1e-6, "default": 2 / 255 + 1e-6},
+    "timm": {"timm": 1e-6, "default": 1e-6},
+}
+"""The same for the image processor, of pixels in [0, 1], by library and backend: of transformers the default one
+resizes with other rounding than Pillow, which moves a pixel by 1 of 255, and by 2 where a picture is enlarged; of timm
+the default one is that of transformers' wrapper, and `timm` is timm's own `create_transform`."""
 
 SCORE_TOLERANCE = 1e-4
 """The same for the scores of the pipeline, shares of one."""
@@ -66,7 +72,7 @@ class Stranger:
     """What the new process found."""
 
     outputs: Outputs
-    """DTYPE.ROUTE.NAME, processor.BACKEND.NUMBER of a picture, and pipeline.pixel_values."""
+    """DTYPE.ROUTE.NAME, processor.BACKEND.NUMBER of an image, and pipeline.pixel_values."""
     pipeline: dict[str, Any] | None
     versions: dict[str, str]
 
@@ -90,16 +96,12 @@ def decoded(picture: Path, channels: int) -> Image.Image:
         raise ValueError(f"picture={picture} cannot be read ({error}); name a picture") from error
 
 
-def prepare(picture: Image.Image, size: tuple[int, int], crop_pct: float | None = None) -> Tensor:
-    """Return the picture as our evaluation prepares it, float32 [C, H, W] in [0, 1].
-
-    A picture of exactly this size would be left as it is by our evaluation, and never by an image processor; here it is
-    treated as any other.
-    """
-    return _pixels(eval_image(picture, size, _crop_pct(picture, size, crop_pct)))
+def prepare(picture: Image.Image, crop: EvalCrop) -> Tensor:
+    """Return the picture as our evaluation prepares it, float32 [C, H, W] in [0, 1]."""
+    return _pixels(to_array(crop_center(picture, crop)))
 
 
-def prepare_rounding_down(picture: Image.Image, size: tuple[int, int]) -> tuple[Tensor, list[int]]:
+def prepare_rounding_down(picture: Image.Image, crop: EvalCrop) -> tuple[Tensor, list[int]]:
     """Return what `prepare` does where half a pixel of the border is rounded down, and how far that moves the crop.
 
     Our evaluation rounds it to even, as torchvision does; the image processors of transformers round down, so that some
@@ -108,21 +110,10 @@ def prepare_rounding_down(picture: Image.Image, size: tuple[int, int]) -> tuple[
     Returns:
         float32 [C, H, W] in [0, 1], and (rows, columns), each 0 or 1.
     """
-    covering = resize_to_cover(picture, size, _crop_pct(picture, size, None))
-    top, left = (covering.height - size[0]) // 2, (covering.width - size[1]) // 2
-    crop = covering.crop((left, top, left + size[1], top + size[0]))
-    return _pixels(to_array(crop)), _shift(covering, size)
-
-
-def _shift(covering: Image.Image, size: tuple[int, int]) -> list[int]:
-    border = covering.height - size[0], covering.width - size[1]
-    return [round(side / 2) - side // 2 for side in border]
-
-
-def _crop_pct(picture: Image.Image, size: tuple[int, int], crop_pct: float | None) -> float | None:
-    if crop_pct is None and (picture.height, picture.width) == size:
-        return 224 / 256 if max(size) <= 224 else 1.0
-    return crop_pct
+    resized = resize(picture, crop.resized(picture.height, picture.width))
+    top, left = (resized.height - crop.size[0]) // 2, (resized.width - crop.size[1]) // 2
+    cut = resized.crop((left, top, left + crop.size[1], top + crop.size[0]))
+    return _pixels(to_array(cut)), [a - b for a, b in zip(crop.corner(*resized.size[::-1]), (top, left), strict=True)]
 
 
 def _pixels(image: Pixels) -> Tensor:
@@ -149,15 +140,36 @@ def ours(model: nn.Module, forward: Forward, inputs: Outputs) -> Outputs:
     return outputs
 
 
-def odd_pictures(picture: Image.Image, size: tuple[int, int]) -> list[Image.Image]:
-    """Return the picture and parts of it, upright and lying, some of whose crops the processors place one pixel off."""
-    found = [picture]
-    for turned in (picture, picture.transpose(Image.Transpose.ROTATE_90)):
-        for cut in range(turned.height // 2):
-            part = turned.crop((0, 0, turned.width, turned.height - cut))
-            if any(_shift(resize_to_cover(part, size, _crop_pct(part, size, None)), size)):
-                found.append(part)
-                break
+def trial_images(picture: Image.Image, crop: EvalCrop, *, converts: bool) -> list[Image.Image]:
+    """Return the images on which an image processor is compared with our evaluation.
+
+    The picture, and the picture resized: to exactly the input's size, smaller and larger, upright and lying, square,
+    and to sizes of which transformers places the crop one pixel off.
+
+    Args:
+        picture: decoded, in colour or grey.
+        crop: of our evaluation.
+        converts: the processor takes images of any mode, and gets a grey one and a transparent one as well.
+    """
+    (h, w), (target_h, target_w) = crop.size, crop.target
+    more_h, more_w = ((side - border - 1) % 4 + 1 for side, border in ((h + 3, target_h), (w + 3, target_w)))
+    sizes = [
+        (h, w),
+        (h // 2 + 1, w // 3 + 1),
+        (2 * h + 1, 2 * w + 3),
+        (3 * h + 1, w + 2),
+        (h + 2, 3 * w + 1),
+        (max(h, w) + 7, max(h, w) + 7),
+        (target_h + more_h, target_w),
+        (target_h, target_w + more_w),
+    ]
+    found = [resize(picture, size) for size in sizes]
+    if max(picture.size) <= MAX_ASPECT * min(picture.size):  # see `crop_center`
+        found.append(picture)
+    if converts:
+        transparent = found[2].convert("RGBA")
+        transparent.putalpha(found[2].convert("L"))
+        found += [found[3].convert("L"), transparent]
     return found
 
 
@@ -241,26 +253,57 @@ def compare(mine: Outputs, stranger: Stranger) -> dict[str, float]:
     return differences
 
 
-def compare_processor(prepared: Sequence[Tensor], stranger: Stranger, mean: Any, std: Any) -> dict[str, float | None]:
-    """Return how far the image processor is from what we made of the pictures.
+def compare_processor(
+    images: Sequence[Image.Image], theirs: Mapping[str, Tensor], library: str, crop: EvalCrop, mean: Any, std: Any
+) -> dict[str, Any]:
+    """Return how far the image processor is from our evaluation.
 
     Args:
-        prepared: of each picture, float32 [C, H, W] in [0, 1].
-        stranger: the answer.
+        images: of `trial_images`.
+        theirs: pixels [1, C, H, W] by BACKEND.NUMBER, of `check.process`.
+        library: of the processor, see `PIXEL_TOLERANCE`.
+        crop: of our evaluation.
         mean: of the processor, per channel.
         std: likewise.
 
     Returns:
-        The largest difference of pixels in [0, 1] by backend; None stands for one that the library has not.
+        The largest difference of pixels in [0, 1] by backend, None for one that the library has not; of transformers
+        the crop may lie `shift` (rows, columns) higher and further left; `images`, how many were compared;
+        `transparency`, what becomes of it: `dropped` as in our evaluation, or `white` (transformers 5.24 and later,
+        where a picture is passed to the processor itself; its pipelines drop it); and `agrees`, whether all of it is no
+        more than other rounding.
     """
     scale, offset = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
-    found: dict[str, float | None] = {}
-    for backend in PIXEL_TOLERANCE:
-        theirs = [stranger.outputs.get(f"processor.{backend}.{number}") for number in range(len(prepared))]
-        pairs = [(one, other[0]) for one, other in zip(prepared, theirs, strict=True) if other is not None]
-        differences = [largest_difference(one, other.double() * scale + offset) for one, other in pairs]
-        found[backend] = max(differences, default=None)
-    return found
+    look = prepare_rounding_down if library == "transformers" else lambda image, crop: (prepare(image, crop), [0, 0])
+    found: dict[str, Any] = {"pil": None} | dict.fromkeys(PIXEL_TOLERANCE[library])
+    shifts, transparency = [], None
+    for number, image in enumerate(images):
+        mine, shift = look(_reopened(image, len(mean)), crop)
+        on_white = look(_on_white(image), crop)[0] if image.mode == "RGBA" else None
+        shifts.append(shift)
+        for backend, limit in PIXEL_TOLERANCE[library].items():
+            if (seen := theirs.get(f"{backend}.{number}")) is None:
+                continue
+            pixels = seen[0].double() * scale + offset
+            difference = largest_difference(mine, pixels)
+            if on_white is not None:
+                transparency = "dropped" if difference <= limit else "white"
+                difference = min(difference, largest_difference(on_white, pixels))
+            found[backend] = max(found[backend] or 0.0, difference)
+    agrees = all(found[name] is None or found[name] <= limit for name, limit in PIXEL_TOLERANCE[library].items())
+    shift = [max(one) for one in zip(*shifts, strict=True)]
+    return {**found, "shift": shift, "images": len(images), "transparency": transparency, "agrees": agrees}
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _reopened(image: Image.Image, channels: int) -> Image.Image:
+    """Return an image as our decoder reads its file."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return decode_image(file.getvalue(), channels)
 
 
 def compare_pipeline(

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_mae.exporting.telling import Say
+from hf_mae.models.configuration_mae import height_width
 from hf_mae.models.modeling_mae import MAEPreTrainedModel
 from hf_mae.recipes.base import IMAGENET_MEAN, IMAGENET_STD
+from hf_mae.recipes.crop import EvalCrop, stated_crop
 from hf_mae.training.tasks import EncoderTask
 
-CARRIED = (
-    *("image_mean", "image_std", "size", "crop_size", "resample", "do_center_crop", "do_convert_rgb", "pixel_range"),
-)
-"""Fields of an image processor of ours that a model folder may set otherwise."""
+CARRIED = ("image_mean", "image_std", "do_convert_rgb", "pixel_range")
+"""Fields of an image processor of ours that a model folder may set otherwise, beside those of `EvalCrop`."""
 
 
 def evaluation_processor(model: MAEPreTrainedModel, stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,8 +25,10 @@ def evaluation_processor(model: MAEPreTrainedModel, stated: Mapping[str, Any]) -
 
 def read_processor(
     model: MAEPreTrainedModel, written: dict[str, Any] | None, given: Mapping[str, Any] | None, say: Say
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], EvalCrop]:
     """Return the image processor in full: ours for this size, with what the folder says, with what the user says.
+
+    And how our evaluation crops this model, whatever the user says.
 
     Args:
         model: says size and channels.
@@ -37,11 +39,12 @@ def read_processor(
     Raises:
         ValueError: a field is unknown, or does not fit the channels.
     """
+    channels, crop = model.config.num_channels, EvalCrop(height_width(model.config.image_size))
     processor = evaluation_processor(model, {})
-    channels = model.config.num_channels
     check_channels("num_channels", channels)
     if written is not None and written.get("image_processor_type") == "BitImageProcessor":
-        processor |= {name: written[name] for name in CARRIED if name in written}
+        crop = stated_crop(written, crop.size, say)
+        processor |= {name: written[name] for name in CARRIED if name in written} | crop.processor()
         if stated := written.get("pixel_range"):
             say(
                 f"warning: the model was trained with --data.pixel-range {stated[0]:g} {stated[1]:g}; "
@@ -63,7 +66,7 @@ def read_processor(
         )
     processor |= given or {}
     check_statistics(processor, channels)
-    return processor
+    return processor, crop
 
 
 def check_channels(name: str, channels: int) -> None:

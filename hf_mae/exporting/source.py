@@ -18,11 +18,12 @@ from hf_mae.exporting.files import hash_files, hash_weights
 from hf_mae.exporting.labels import check_names, timm_names
 from hf_mae.exporting.processor import check_channels, check_statistics, read_processor
 from hf_mae.exporting.telling import Say
-from hf_mae.models.configuration_mae import MAEConfig, height_width
+from hf_mae.models.configuration_mae import MAEConfig
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEForPreTraining, MAEModel, MAEPreTrainedModel
 from hf_mae.models.timm_models import load
 from hf_mae.models.timm_spec import TimmSpec
+from hf_mae.recipes.crop import EvalCrop
 from hf_mae.recipes.fields import unknown
 from hf_mae.resolve import locate, model_folder, read_config, read_json
 from hf_mae.training.origins import run_of
@@ -65,6 +66,7 @@ class Source:
     Attributes:
         model: in evaluation mode, float32, on the CPU.
         origin: where it comes from.
+        crop: of our evaluation.
         processor: how its pictures are prepared, every field; of a model of timm only mean and std are read.
         given: the processor is the user's, who need not want that of our evaluation.
         spec: of a model of timm.
@@ -76,6 +78,7 @@ class Source:
 
     model: nn.Module
     origin: Origin
+    crop: EvalCrop
     processor: dict[str, Any]
     given: bool = False
     spec: TimmSpec | None = None
@@ -87,12 +90,7 @@ class Source:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the input in pixels."""
-        return self.spec.test_image_size if self.spec is not None else height_width(self._config.image_size)
-
-    @property
-    def crop_pct(self) -> float | None:
-        """Share of a picture's short side that is seen, where it is not the rule of our evaluation."""
-        return None if self.spec is None else self.spec.test_crop_pct
+        return self.crop.size
 
     @property
     def channels(self) -> int:
@@ -174,10 +172,12 @@ def _of_instance(model: nn.Module, weights: Weights, processor: Mapping[str, Any
     copy = type(model)(MAEConfig.from_dict(model.config.to_dict()))
     copy.load_state_dict({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
     name = Path(model.name_or_path or "").name or type(model).__name__
+    full, crop = read_processor(copy, None, processor, say)
     return Source(
         copy,
         Origin(name),
-        read_processor(copy, None, processor, say),
+        crop,
+        full,
         given=processor is not None,
         bce=_is_bce(copy.config),
     )
@@ -213,10 +213,12 @@ def _of_name(name: str, weights: Weights, processor: Mapping[str, Any] | None, s
     conversion = _optional(folder, "conversion.json")
     if conversion is not None:
         origin = replace(origin, kind="conversion")
+    full, crop = read_processor(model, None if written is None else read_json(written), processor, say)
     return Source(
         model,
         origin,
-        read_processor(model, None if written is None else read_json(written), processor, say),
+        crop,
+        full,
         given=processor is not None,
         bce=recipe.get("loss", {}).get("name") == "bce" or _is_bce(model.config),
         folder=run,
@@ -243,7 +245,15 @@ def _of_timm(name: Path | str, origin: Origin, run: Path | None, given: Mapping[
     notes = [] if names == spec.names else ["names that ImageNet gives to several classes got a number"]
     spec = replace(spec, names=names, mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]))
     return Source(
-        model, origin, processor, given=bool(given), spec=spec, bce=spec.loss == "bce", folder=run, notes=notes
+        model,
+        origin,
+        spec.crop,
+        processor,
+        given=bool(given),
+        spec=spec,
+        bce=spec.loss == "bce",
+        folder=run,
+        notes=notes,
     )
 
 

@@ -17,6 +17,7 @@ from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.models.modeling_mae import MAEPreTrainedModel
 from hf_mae.models.timm_models import TimmSpec, write_timm_folder
 from hf_mae.recipes.base import VIT_SIZES
+from hf_mae.recipes.crop import EvalCrop, read_crop
 
 TIMM_EPS = 1e-6
 """Of every LayerNorm in timm's ViT; no argument of a config.json changes it."""
@@ -46,12 +47,14 @@ def as_timm(model: MAEPreTrainedModel, folder: Path, processor: dict[str, Any], 
         )
     classifier = isinstance(model, MAEForImageClassification)
     size, labels = height_width(config.image_size), cast("dict[int, str]", config.id2label)
+    crop = _crop(processor, size)
     spec = TimmSpec(
         architecture=_architecture(config),
         names=tuple(labels[row] for row in range(len(labels))) if classifier else (),
         image_size=size,
         test_image_size=size,
-        crop_pct=_crop_pct(processor, size),
+        crop_pct=crop.crop_pct,
+        crop_mode=crop.crop_mode,
         channels=config.num_channels,
         drop_path_rate=0.0,
         mean=tuple(processor["image_mean"]),
@@ -75,35 +78,18 @@ def as_timm(model: MAEPreTrainedModel, folder: Path, processor: dict[str, Any], 
     return drop_path(config) if classifier else left_out(model)
 
 
-def _crop_pct(processor: Mapping[str, Any], size: tuple[int, int]) -> float | None:
-    """Return the share of the short side that is seen, None for the rule of our evaluation.
+def _crop(processor: Mapping[str, Any], size: tuple[int, int]) -> EvalCrop:
+    """Return how pictures are prepared, by the default where the processor does not say.
 
     Raises:
         ValueError: the processor prepares pictures as timm does not.
     """
-    told: dict[str, Any] = {
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": dict(zip(("height", "width"), size, strict=True)),
-    }
-    for name, value in told.items():
-        if (has := processor.get(name, value)) != value:
-            raise ValueError(
-                f"{name}={has} of the image processor cannot be told to timm, where it is {value} here; leave it out, "
-                "or use target 'vit' or 'beit'"
-            )
-    edges = processor.get("size", {})
-    if not edges:
-        return None
-    edge, side = edges.get("shortest_edge"), max(size)
-    if edge is None or edge < side:
-        raise ValueError(
-            f"size={edges} of the image processor cannot be told to timm; name a shortest_edge of at least {side}"
-        )
-    if edge == (side if side > 224 else int(side * 256 / 224)):
-        return None
-    # timm divides and cuts down to a whole number, which half a unit more keeps from being one too few.
-    return side / edge if int(side / (side / edge)) == edge else side / (edge + 0.5)
+    if "size" not in processor:
+        return EvalCrop(size)
+    try:
+        return read_crop(processor, size)
+    except ValueError as error:
+        raise ValueError(f"{error}: that cannot be told to timm; leave it out, or use target 'vit' or 'beit'") from None
 
 
 def _architecture(config: MAEConfig) -> str:

@@ -33,7 +33,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hf_mae
-from hf_mae.exporting.checked import write_stock
+from hf_mae.exporting.check import process
+from hf_mae.exporting.checked import judge_processor, write_stock
 from hf_mae.exporting.files import write_json
 from hf_mae.exporting.folders import check_out, new_folder
 from hf_mae.exporting.lineage import lineage
@@ -46,6 +47,7 @@ from hf_mae.exporting.parity import (
     largest_difference,
     ours,
     prepare,
+    trial_images,
 )
 from hf_mae.exporting.questions import logits, noise, reconstruction, tokens
 from hf_mae.exporting.source import MULTI_LABEL, Source, Target, Weights, read
@@ -172,9 +174,9 @@ def _resolve(source: Source, target: Target) -> Target:
 def _write(source: Source, target: Target, folder: Path, picture: Path, code: bool, say: Say) -> dict[str, Any]:
     """Write the folder, check it, and return its record."""
     if target == "hf_mae":
-        record = _write_research(source, folder, code, picture)
+        record = _write_research(source, folder, code, picture, say)
     elif target == "onnx":
-        record = _write_onnx(source, folder)
+        record = _write_onnx(source, folder, picture, say)
     else:
         record = write_stock(source, target, folder, picture, say)
     versions = {"hf_mae": hf_mae.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -200,7 +202,7 @@ def _write(source: Source, target: Target, folder: Path, picture: Path, code: bo
 # ------------------------------------------------------------------------------------------------ other folders
 
 
-def _write_research(source: Source, folder: Path, code: bool, picture: Path) -> dict[str, Any]:
+def _write_research(source: Source, folder: Path, code: bool, picture: Path, say: Say) -> dict[str, Any]:
     """Write our own class, whole, and read it back."""
     model = cast(MAEPreTrainedModel, source.model)
     model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
@@ -211,7 +213,7 @@ def _write_research(source: Source, folder: Path, code: bool, picture: Path) -> 
     read_back = type(model).from_pretrained(folder)
     if changed := [name for name, tensor in read_back.state_dict().items() if not torch.equal(tensor, weights[name])]:
         raise RuntimeError(f"{changed[0]} was not written as it is; check the disk and export again")
-    prepared = prepare(decoded(picture, source.channels), source.size)
+    prepared = prepare(decoded(picture, source.channels), source.crop)
     pixels = example_pixels(prepared, source.processor["image_mean"], source.processor["image_std"])
     inputs: Outputs = {"pixel_values": pixels}
     forward, what = tokens, "tokens and features"
@@ -236,10 +238,10 @@ def _write_research(source: Source, folder: Path, code: bool, picture: Path) -> 
         "what": f"{what}; the folder read back by hf_mae",
         "tolerance": dict.fromkeys(TOLERANCE, 0),
     }
-    return _unchecked(type(model).__name__, "hf_mae", changes) | {"parity": parity}
+    return _unchecked(type(model).__name__, "hf_mae", changes, source, folder, picture, say) | {"parity": parity}
 
 
-def _write_onnx(source: Source, folder: Path) -> dict[str, Any]:
+def _write_onnx(source: Source, folder: Path, picture: Path, say: Say) -> dict[str, Any]:
     """Write a graph, with the config and the image processor of the stock class beside it."""
     from hf_mae.exporting.onnx import export_onnx
 
@@ -264,7 +266,8 @@ def _write_onnx(source: Source, folder: Path) -> dict[str, Any]:
     task = None
     if source.channels == 3:
         task = "image-classification" if classifies else "image-feature-extraction"
-    return _unchecked(type(model).__name__, "onnx", changes) | {"parity": parity, "task": task}
+    record = _unchecked(type(model).__name__, "onnx", changes, source, folder, picture, say)
+    return record | {"parity": parity, "task": task}
 
 
 def _encoder_of(model: MAEForPreTraining) -> MAEModel:
@@ -274,9 +277,23 @@ def _encoder_of(model: MAEForPreTraining) -> MAEModel:
     return encoder.eval()
 
 
-def _unchecked(name: str, library: str, changes: list[str]) -> dict[str, Any]:
-    """Return the record of a folder that stock classes do not read."""
-    return {"class": name, "library": library, "task": None, "processor": None, "pipeline": None, "changes": changes}
+def _unchecked(
+    name: str, library: str, changes: list[str], source: Source, folder: Path, picture: Path, say: Say
+) -> dict[str, Any]:
+    """Return the record of a folder whose model stock classes do not read; its image processor they do."""
+    of = "transformers" if source.spec is None else "timm"
+    converts = of == "transformers" and source.channels == 3
+    images = trial_images(decoded(picture, source.channels), source.crop, converts=converts)
+    processor, notes = judge_processor(images, of, process(str(folder), of, images), source, say)
+    changes = [*changes, *notes]
+    return {
+        "class": name,
+        "library": library,
+        "task": None,
+        "processor": processor,
+        "pipeline": None,
+        "changes": changes,
+    }
 
 
 def _summary(record: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_mae.recipes.crop import BICUBIC, read_crop
 from hf_mae.recipes.fields import unknown
 
 PROCESSOR_FIELDS = (
@@ -96,8 +97,17 @@ def processor_check(folder: Path, config: Mapping[str, Any]) -> Check:
         missing.append("crop_size")
     if config.get("num_channels", 3) == 3 and processor.get("do_convert_rgb") is False:
         missing.append("do_convert_rgb: true (grey and transparent pictures would fail)")
-    found = f"without {', '.join(missing)}" if missing else f"{processor['image_processor_type']}, every field"
-    return Check("processor", not missing, found, remedy)
+    if missing:
+        return Check("processor", False, f"without {', '.join(missing)}", remedy)
+    side = config.get("image_size")
+    if side is None:
+        return Check("processor", True, f"{processor['image_processor_type']}, every field")
+    size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+    try:  # another filter is for the author to choose
+        crop = read_crop({**processor, "resample": BICUBIC}, size)
+    except ValueError as error:
+        return Check("processor", False, str(error), "state what the model was measured with: export it again")
+    return Check("processor", True, f"{processor['image_processor_type']}, every field: {crop.words()}")
 
 
 def timm_checks(config: Mapping[str, Any], task: str | None) -> list[Check]:

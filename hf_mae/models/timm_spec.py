@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_mae.models.convert import check_finite
 from hf_mae.patience import patient
+from hf_mae.recipes.crop import EvalCrop
 from hf_mae.resolve import read_config, read_json
 
 
@@ -33,8 +34,7 @@ class TimmSpec:
         names: the classes, in order.
         image_size: height and width in pixels of training pictures.
         test_image_size: of test pictures.
-        crop_pct: share of a test picture's short side that the centre crop keeps; None is 224/256 up to 224 pixels, and
-            1 above.
+        crop_pct: share of a resized test picture that the centre crop keeps; None is the default of `EvalCrop`.
         channels: colour channels.
         drop_path_rate: stochastic depth of the last block. A matter of training: no folder keeps it.
         mean: per-channel mean of the input scaled to [0, 1].
@@ -42,6 +42,7 @@ class TimmSpec:
         loss: what the scores were trained for: with `bce` each class is read by its sigmoid.
         pixel_range: stored values that become black and white, see `hf_mae.recipes.base.Data`.
         model_args: what `timm.create_model` needs besides classes, channels and the image size of ViTs.
+        crop_mode: how test pictures are resized; None is the default of `EvalCrop`.
     """
 
     architecture: str
@@ -56,13 +57,21 @@ class TimmSpec:
     loss: Literal["ce", "bce"] = "ce"
     pixel_range: tuple[float, float] | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    crop_mode: str | None = None
+
+    @property
+    def crop(self) -> EvalCrop:
+        """How test pictures are prepared.
+
+        Raises:
+            ValueError: `crop_mode` is `border`, which pads.
+        """
+        return EvalCrop(self.test_image_size, self.crop_pct, cast("Any", self.crop_mode))
 
     @property
     def test_crop_pct(self) -> float:
-        """`crop_pct`, or what its rule gives."""
-        if self.crop_pct is not None:
-            return self.crop_pct
-        return 224 / 256 if max(self.test_image_size) <= 224 else 1.0
+        """`crop_pct`, or its default."""
+        return self.crop.pct
 
 
 def is_timm_folder(folder: Path) -> bool:
@@ -159,6 +168,9 @@ def _spec(config: Mapping[str, Any], name: str) -> TimmSpec:
         raise ValueError(f"{name} has no classes (num_classes={num_classes}): it is a network without a head")
     size = tuple(config.get("train_input_size") or cfg["input_size"])  # ours, see `write_timm_folder`
     test = tuple(cfg.get("test_input_size") or cfg["input_size"])
+    crop_mode = cfg.get("crop_mode") or "center"  # timm's default
+    if crop_mode == EvalCrop((test[1], test[2])).mode:
+        crop_mode = None
     return TimmSpec(
         architecture=config["architecture"],
         names=_names(config.get("label_names") or cfg.get("label_names"), int(num_classes), name),
@@ -172,6 +184,7 @@ def _spec(config: Mapping[str, Any], name: str) -> TimmSpec:
         loss="bce" if config.get("problem_type") == "multi_label_classification" else "ce",
         pixel_range=tuple(config["pixel_range"]) if config.get("pixel_range") else None,
         model_args=model_args,
+        crop_mode=crop_mode,
     )
 
 

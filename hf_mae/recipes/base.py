@@ -233,6 +233,10 @@ class Evals:
     """Images of the test split."""
     at_start: bool = True
     """Measure the untrained encoder as well: the number to compare with."""
+    crop_pct: float | None = None
+    """Share of the resized image that the centre crop of every evaluation keeps. None is the official rule (224/256 up
+    to 224 pixels, 1 above; 1 for inputs that are not square), also for images of exactly the input size; 1 shows the
+    whole of small images made for this size (CIFAR). The model folder states it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,7 @@ _RULES: tuple[Rule, ...] = (
     ("evals.pictures", "must be at least 0", lambda v: v >= 0),
     ("evals.train_examples", "must be at least 1", lambda v: v >= 1),
     ("evals.test_examples", "must be at least 1", lambda v: v >= 1),
+    ("evals.crop_pct", "must lie in (0, 1]; leave it out for the official rule", lambda v: v is None or 0 < v <= 1),
     ("engine.keep_checkpoints", "must be at least 1", lambda v: v >= 1),
 )
 

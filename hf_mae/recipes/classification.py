@@ -109,6 +109,11 @@ class ClassifierEvals:
     logistic: bool = False
     """Logistic regression on the frozen encoder's features. Left out, with a sentence, where training images * features
     * classes are more than 5,000,000,000: one process would fit it for hours."""
+    crop_pct: float | None = None
+    """Share of the resized image that the centre crop of every evaluation keeps. None is the official rule (224/256 up
+    to 224 pixels, 1 above; 1 for inputs that are not square), also for images of exactly the input size; 1 shows the
+    whole of small images made for this size (CIFAR). The model folder states it. For models of timm: `model.crop_pct`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +148,7 @@ class LabelledRecipe(Recipe):
     schedule: Schedule = field(default_factory=lambda: Schedule(warmup_epochs=5, min_lr=1e-6))
     evals: ClassifierEvals = field(default_factory=ClassifierEvals)  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    deciding: ClassVar[frozenset[str]] = frozenset({"evals.patience", "evals.best", "evals.split"})
+    deciding: ClassVar[frozenset[str]] = frozenset({"evals.patience", "evals.best", "evals.split", "evals.crop_pct"})
     rules: ClassVar[tuple[Rule, ...]] = (
         ("model.drop_path_rate", "must lie in [0, 1); the paper uses 0.1 to 0.3", lambda v: 0 <= v < 1),
         ("augment.mixup", "must be at least 0 and finite; 0 is off", lambda v: 0 <= v < float("inf")),

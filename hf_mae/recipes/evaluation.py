@@ -32,8 +32,8 @@ class Evaluation:
     image_size: Size | None = None
     """Input height and width in pixels; None is the model's own for tests. Positions are resized (bicubic)."""
     crop_pct: float | None = None
-    """Part of the resized short side that the crop covers; None is the model's own: of timm's models what their folder
-    says, of MAE's 224/256 up to 224 pixels and 1 beyond (official)."""
+    """Share of the resized image that the centre crop keeps; None is the model's own: what its folder states, or the
+    official rule (224/256 up to 224 pixels, 1 above; 1 for inputs that are not square)."""
     csv: str = ""
     """Append a row to this file, in the form of timm's results files: one file for each set of test images."""
     batch: int = 64

@@ -35,7 +35,7 @@ QUICKSTART = Recipe(
     augment=Augment(scale=(0.8, 1.0), flip=False, mean=(0.5,), std=(0.5,)),
     optim=Optim(base_lr=8e-3),
     schedule=Schedule(warmup_epochs=10),
-    evals=Evals(probe=True, split="test"),
+    evals=Evals(probe=True, split="test", crop_pct=1.0),
 )
 
 # ------------------------------------------------------------------------------------------------ CIFAR-10 sized
@@ -52,6 +52,7 @@ _CIFAR = Recipe(
     model=Model(image_size=32, patch_size=4),
     schedule=Schedule(warmup_epochs=10),
     optim=Optim(base_lr=1e-3),
+    evals=Evals(crop_pct=1.0),  # made for 32 pixels: nothing is a border
 )
 
 

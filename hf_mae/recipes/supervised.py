@@ -34,8 +34,8 @@ class TimmModel:
     test_image_size: Size | None = None
     """Height and width of test pictures; None is `image_size`."""
     crop_pct: float | None = 0.95
-    """Share of a test picture's short side that the centre crop keeps; None is the official rule of MAE (224/256 up to
-    224 pixels, 1 above)."""
+    """Share of a resized test picture that the centre crop keeps; None is the official rule of MAE (224/256 up to 224
+    pixels, 1 above; 1 for pictures that are not square, whose sides are both resized whatever the aspect)."""
     num_channels: int = 3
     """Colour channels: 3 reads images as RGB, 1 as grey."""
     drop_rate: float = 0.0
@@ -65,6 +65,7 @@ class SuperviseRecipe(LabelledRecipe):
             lambda v: v is None or _smallest(v) >= 1,
         ),
         ("model.crop_pct", "must lie in (0, 1]", lambda v: v is None or 0 < v <= 1),
+        ("evals.crop_pct", "is for our own encoders; of a model of timm use --model.crop-pct", lambda v: v is None),
         ("model.max_parameters", "must be at least 1", lambda v: v is None or v >= 1),
     )
 

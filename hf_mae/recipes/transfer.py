@@ -209,7 +209,7 @@ _BIRDS = replace(
     data=Data(splits="stratified:80/10/10@3334"),
     model=_encoder("ti", num_hidden_layers=10, drop_path_rate=0.1),
     augment=replace(_SMALL.augment, label_smoothing=0.06),
-    evals=ClassifierEvals(split="validation"),
+    evals=ClassifierEvals(split="validation", crop_pct=1.0),
 )
 
 # ------------------------------------------------------------------------------------------------ the embedded default
@@ -226,7 +226,7 @@ _DIGITS = replace(
     eval_every=200,
     data=Data(path="digits"),
     augment=ClassifierAugment(scale=(0.8, 1.0), flip=False, mean=(0.5,), std=(0.5,)),
-    evals=ClassifierEvals(split="test"),
+    evals=ClassifierEvals(split="test", crop_pct=1.0),
 )
 _DIGITS_PROBE = replace(
     _SMALL_PROBE,
@@ -237,7 +237,7 @@ _DIGITS_PROBE = replace(
     cached_features=True,
     data=Data(path="digits"),
     augment=replace(_DIGITS.augment, crop="clamped"),
-    evals=ClassifierEvals(split="test", knn=True, logistic=True),
+    evals=ClassifierEvals(split="test", knn=True, logistic=True, crop_pct=1.0),
 )
 
 _TRANSFER: list[ClassifierRecipe] = [

@@ -196,7 +196,7 @@ def find_start(
         try:
             found = _choose_checkpoint(recipe, out)
             if found[0] is not None:
-                _check_recipe(as_saved(recipe, found[0]), found[0])
+                found[1].extend(_check_recipe(as_saved(recipe, found[0]), found[0]))
                 if recipe.resume == "auto":
                     prune(found[0], recipe.engine.keep_checkpoints)
         except (ValueError, OSError) as caught:
@@ -238,13 +238,24 @@ def _choose_checkpoint(recipe: Recipe, out: Path) -> tuple[Path | None, list[str
     return path, []
 
 
-def _check_recipe(recipe: Recipe, checkpoint: Path) -> None:
-    if changed := changed_fields(from_dict(read_recipe(checkpoint), type(recipe)), recipe):
+def _check_recipe(recipe: Recipe, checkpoint: Path) -> list[str]:
+    """Refuse a recipe that decides otherwise than the saved one; return what changes all the same."""
+    values, notes = read_recipe(checkpoint), []
+    evals = values.get("evals", {})
+    if hasattr(recipe.evals, "crop_pct") and "crop_pct" not in evals:
+        values = {**values, "evals": {**evals, "crop_pct": recipe.evals.crop_pct}}
+        if "architecture" not in values.get("model", {}):  # models of timm have a crop of their own
+            notes = [
+                "note: this run began when evaluation left images of exactly the input size as they are; from here on "
+                f"evals.crop_pct={recipe.evals.crop_pct} holds for them too (1 shows the whole of them)"
+            ]
+    if changed := changed_fields(from_dict(values, type(recipe)), recipe):
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
         raise ValueError(
             f"{checkpoint} was written by another recipe: {listed}. Use the saved values to continue, or another "
             "--out to start a new run"
         )
+    return notes
 
 
 def restore_rank(rank_states: list[dict[str, Any]], window: Window, accelerator: Accelerator) -> None:

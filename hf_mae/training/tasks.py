@@ -21,6 +21,7 @@ from hf_mae.models.targets import make_target
 from hf_mae.models.timm_models import classifier, drop_paths, evaluating, write_timm_folder
 from hf_mae.models.timm_spec import TimmSpec
 from hf_mae.recipes.classification import ClassifierAugment, Loss
+from hf_mae.recipes.crop import EvalCrop
 from hf_mae.training.losses import classification_loss, trivial_loss
 from hf_mae.training.mixing import mix_images
 
@@ -72,16 +73,20 @@ class ImageTask(nn.Module):
 
 
 class EncoderTask(ImageTask):
-    """What the objectives of this package's models share: a model folder says how images are normalised.
+    """What the objectives of this package's models share: a model folder says how images are prepared.
 
     Args:
         model: one of the classes of `hf_mae.models`; its config says size and channels of the images.
         mean: see `ImageTask`.
         std: see `ImageTask`.
+        crop_pct: of evaluation, see `EvalCrop`.
     """
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
+    crop_pct: float | None
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], *, crop_pct: float | None = None):
         super().__init__(model, mean, std)
+        self.crop_pct = crop_pct
         self._no_split_modules = cast("list[str]", model._no_split_modules)
         self.architecture = type(model).__name__  # FSDP2 renames the class of what it wraps
 
@@ -101,21 +106,12 @@ class EncoderTask(ImageTask):
     def processor(self) -> dict[str, Any]:
         """Return the evaluation transform as transformers' BitImageProcessor states it: every field, nothing implied.
 
-        Resize the short side to 256/224 of the crop, or to the crop itself above 224 pixels (bicubic), centre crop,
-        scale to [0, 1], normalise. One exception it cannot state: our evaluation takes a picture of exactly the crop's
-        size as it is, unresized.
-        Source: official `build_transform`, crop_pct 224/256 up to 224 pixels and 1.0 above.
+        Resize and crop as `EvalCrop` says, scale to [0, 1], normalise.
         """
-        height, width = height_width(self.config.image_size)
-        side = max(height, width)
         return {
             "image_processor_type": "BitImageProcessor",
             "do_convert_rgb": self.config.num_channels == 3,
-            "do_resize": True,
-            "size": {"shortest_edge": side if side > 224 else int(side * 256 / 224)},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": height, "width": width},
+            **EvalCrop(height_width(self.config.image_size), self.crop_pct).processor(),
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -129,8 +125,10 @@ class Pretraining(EncoderTask):
 
     model: MAEForPreTraining
 
-    def __init__(self, model: MAEForPreTraining, mean: Sequence[float], std: Sequence[float]):
-        super().__init__(model, mean, std)
+    def __init__(
+        self, model: MAEForPreTraining, mean: Sequence[float], std: Sequence[float], *, crop_pct: float | None = None
+    ):
+        super().__init__(model, mean, std, crop_pct=crop_pct)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Reconstruct the masked patches of `pixel_values` (uint8 [N, C, H, W]) under the mask of `noise` ([N, L])."""
@@ -234,6 +232,7 @@ class Classification(LabelledTask, EncoderTask):
         std: per-channel standard deviation of the same.
         label_smoothing: see `LabelledTask`.
         loss: see `LabelledTask`.
+        crop_pct: see `EncoderTask`.
     """
 
     model: MAEForImageClassification
@@ -247,9 +246,11 @@ class Classification(LabelledTask, EncoderTask):
         *,
         label_smoothing: float = 0.0,
         loss: Loss = Loss(),  # noqa: B008 (frozen)
+        crop_pct: float | None = None,
     ):
         num_classes = cast(int, model.config.num_labels)
         super().__init__(model, mean, std, num_classes=num_classes, label_smoothing=label_smoothing, loss=loss)
+        self.crop_pct = crop_pct
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the scores [n, classes].

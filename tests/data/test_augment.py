@@ -104,18 +104,44 @@ def test_random_resized_crop_is_bit_equal_to_torchvision():
             )
 
 
-@pytest.mark.parametrize("side", [32, 224])
-def test_centre_crop_is_bit_equal_to_torchvision(side):
+@pytest.mark.parametrize(
+    ("size", "resize"),
+    [
+        ((32, 32), 36),
+        ((24, 24), 27),
+        ((224, 224), 256),
+        ((225, 225), 225),
+        ((384, 384), 384),
+        ((64, 256), (64, 256)),
+        ((48, 32), (48, 32)),
+    ],
+)
+def test_evaluation_is_bit_equal_to_torchvision(size, resize):
+    """The official `build_transform` of square inputs; of others Resize((h, w)). No size of image is an exception."""
     transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is not a dependency")
     official = transforms.Compose(
         [
-            transforms.Resize(int(side * 256 / 224), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(side),
+            transforms.Resize(resize, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
         ]
     )
-    for i, (h, w) in enumerate([(48, 64), (67, 41), (300, 270), (33, 90)]):
+    h, w = size
+    shapes = [size, (w, h), (h + 1, w), (h, w + 3), (2 * h + 1, 2 * w), (h // 2, w // 3), (48, 64), (67, 41), (33, 90)]
+    for i, (h, w) in enumerate(shapes):
         image = noise(h, w, seed=i)
-        assert np.array_equal(eval_image(image, (side, side)), np.asarray(official(image)).transpose(2, 0, 1))
+        assert np.array_equal(eval_image(image, size), np.asarray(official(image)).transpose(2, 0, 1)), (h, w)
+
+
+@pytest.mark.parametrize("shape", [(3, 500), (700, 2)])
+def test_a_strip_is_cropped_as_officially_without_resizing_all_of_it(shape):
+    """Differs by rounding at most: the whole of it would be resized to 30 MP and more."""
+    image = noise(*shape)
+    h, w = (int(36 * side / min(shape)) for side in shape)
+    whole = image.resize((w, h), Image.Resampling.BICUBIC)
+    top, left = round((h - 32) / 2), round((w - 32) / 2)
+    expected = np.asarray(whole.crop((left, top, left + 32, top + 32))).transpose(2, 0, 1)
+    assert np.abs(eval_image(image, (32, 32)).astype(int) - expected).max() <= 1
+    assert eval_image(noise(1, 20_000), (224, 224)).shape == (3, 224, 224)
 
 
 def test_jitter_equals_torchvision_in_the_documented_order():
@@ -128,11 +154,12 @@ def test_jitter_equals_torchvision_in_the_documented_order():
     assert np.array_equal(ours, np.asarray(theirs).transpose(2, 0, 1))
 
 
-def test_centre_is_the_identity_at_the_target_size():
+def test_the_centre_crop_of_training_is_the_identity_at_the_target_size():
     for channels, mode in ((3, "RGB"), (1, "L")):
         image = noise(32, 32, channels)
         assert image.mode == mode
-        assert np.array_equal(eval_image(image, (32, 32)), np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))
+        found = augment_image(image, np.full(NUM_UNIFORMS, 0.9), (32, 32), Augment(crop="center"))
+        assert np.array_equal(found, np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))
 
 
 def test_flip_mirrors_below_one_half_only():
@@ -395,7 +422,7 @@ def erased(prob: float = 1.0, key: float = 0.3, channels: int = 3, **options):
     augment = Augment(crop="center", flip=False, erase_prob=prob, **options)
     image, u = smooth(32, channels), np.full(num_uniforms(augment), 0.4)
     u[ERASE_NOISE] = key
-    return eval_image(image, (32, 32)), augment_image(image, u, (32, 32), augment), erase_box(u, 32, 32)
+    return eval_image(image, (32, 32), 1.0), augment_image(image, u, (32, 32), augment), erase_box(u, 32, 32)
 
 
 def test_erasing_fills_its_box_and_nothing_else():
@@ -538,7 +565,9 @@ def test_corners_that_a_rotation_leaves_have_the_mean_colour_or_are_black():
         assert out[:, 0, 0].tolist() == out[:, -1, -1].tolist() == colour
         assert out[:, 10, 10].tolist() != colour
         u[ROTATE] = 0.5  # none at all
-        assert np.array_equal(augment_image(noise(20, 20), u, (20, 20), augment), eval_image(noise(20, 20), (20, 20)))
+        assert np.array_equal(
+            augment_image(noise(20, 20), u, (20, 20), augment), eval_image(noise(20, 20), (20, 20), 1.0)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ AutoAugment

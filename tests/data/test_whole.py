@@ -107,11 +107,12 @@ def test_the_transform_is_that_of_evaluation_and_crop_pct_overrides_it(shared):
         assert torch.equal(split.picture(0), first)
 
 
-def test_crop_pct_holds_for_pictures_of_the_size_itself():
+def test_images_of_exactly_the_input_size_are_no_exception():
+    """341adb0 left them as they are, where the official transform crops them; crop_pct 1 is the whole image."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    as_it_is = eval_image(image, SIZE)
-    assert np.array_equal(as_it_is.transpose(1, 2, 0), np.asarray(image))
-    assert not np.array_equal(eval_image(image, SIZE, 0.5), as_it_is)
+    assert np.array_equal(eval_image(image, SIZE, 1.0).transpose(1, 2, 0), np.asarray(image))
+    official = image.resize((9, 9), Image.Resampling.BICUBIC).crop((0, 0, 8, 8))
+    assert np.array_equal(eval_image(image, SIZE).transpose(1, 2, 0), np.asarray(official))
 
 
 def test_picture_finds_a_row_of_any_chunk_and_refuses_a_bad_one():

@@ -12,9 +12,10 @@ from transformers import AutoImageProcessor
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining
 from hf_mae.data.images import eval_image
-from hf_mae.exporting.parity import decoded, flower, odd_pictures, prepare, prepare_rounding_down
+from hf_mae.exporting.parity import decoded, flower, prepare, prepare_rounding_down, trial_images
 from hf_mae.exporting.write import export
 from hf_mae.models.timm_models import TimmSpec, create, load, write_timm_folder
+from hf_mae.recipes.crop import EvalCrop
 
 
 def record(folder):
@@ -63,13 +64,76 @@ def test_grey_models_have_no_pipeline(make, tmp_path):
     assert any("read pictures in colour" in line for line in lines)
 
 
-def test_a_processor_that_crops_otherwise_is_reported(make, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "fields"),
+    [
+        ("vit", {"image_size": (64, 256)}),
+        ("timm", {"image_size": (64, 256)}),
+        ("onnx", {"image_size": (48, 32)}),
+        ("hf_mae", {"image_size": (48, 32)}),
+        ("hf_mae", {}),
+    ],
+)
+def test_every_target_is_compared_on_many_images(make, tmp_path, target, fields):
+    found = record(export(make(MAEForImageClassification, pool="cls", **fields), tmp_path / "out", target))["processor"]
+    assert found["agrees"] is True
+    assert found["images"] >= 9
+    exact, default = (found["timm"], found["default"]) if target == "timm" else (found["pil"], found["default"] * 1e-7)
+    assert max(exact, default) <= 1e-6
+
+
+def test_an_export_whose_processor_prepares_otherwise_is_refused(make, tmp_path, monkeypatch):
+    """What 341adb0 wrote for inputs that are not square, and what it measured on images of exactly the input size."""
+    monkeypatch.setattr(EvalCrop, "processor", lambda self: WRONG)
+    for target in ("vit", "hf_mae", "onnx"):
+        model = make(MAEForImageClassification, pool="cls", image_size=(64, 256))
+        with pytest.raises(RuntimeError, match="differ from those of our evaluation"):
+            export(model, tmp_path / target, target)
+        assert not (tmp_path / target).exists()
+
+
+WRONG = {
+    "do_resize": True,
+    "size": {"shortest_edge": 256},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 64, "width": 256},
+}
+
+
+def test_an_old_folder_that_is_not_square_is_exported_right(make, save, tmp_path):
+    """Its processor shows a sixteenth of an image; the weights are fine."""
+    folder = save(make(MAEForImageClassification, pool="cls", image_size=(64, 256)), tmp_path / "model")
+    written = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(written | WRONG))
     lines = []
-    wide = make(MAEForImageClassification, pool="cls", image_size=(32, 48))
-    found = record(export(wide, tmp_path / "out", say=lines.append))
-    assert found["processor"]["pil"] > 0.1
-    assert any("not square" in change for change in found["changes"])
-    assert any(line.startswith("warning: pictures prepared") for line in lines)
+    out = export(folder, tmp_path / "out", say=lines.append)
+    assert json.loads((out / "preprocessor_config.json").read_text())["size"] == {"height": 64, "width": 256}
+    assert any("shortest_edge" in line and "export the model again" in line for line in lines)
+    assert record(out)["processor"]["agrees"] is True
+
+
+def test_what_a_folder_states_is_what_is_exported(make, save, tmp_path, unchecked):
+    """A model measured on whole images, such as CIFAR's."""
+    folder = save(make(MAEForImageClassification), tmp_path / "model")
+    written = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(written | {"size": {"shortest_edge": 32}}))
+    stated = json.loads((export(folder, tmp_path / "out") / "preprocessor_config.json").read_text())
+    assert stated["size"] == {"shortest_edge": 32}
+    assert load(export(folder, tmp_path / "timm", "timm"))[1].crop == EvalCrop((32, 32), 1.0)
+
+
+def test_the_images_compared_are_of_all_kinds():
+    for crop in (EvalCrop((32, 32)), EvalCrop((64, 96)), EvalCrop((48, 32), 0.9), EvalCrop((224, 224), 0.95)):
+        images = trial_images(decoded(flower(), 3), crop, converts=True)
+        sizes = {(image.height, image.width) for image in images}
+        assert crop.size in sizes
+        assert any(h < crop.size[0] and w < crop.size[1] for h, w in sizes)
+        assert any(h > crop.target[0] and w > crop.target[1] for h, w in sizes)
+        assert {(h > w) - (h < w) for h, w in sizes} == {-1, 0, 1}
+        assert {"RGB", "RGBA", "L"} == {image.mode for image in images}
+        shifts = [prepare_rounding_down(image, crop)[1] for image in images]
+        assert [max(one) for one in zip(*shifts, strict=True)] == [1, 1] or crop.mode == "squash"
 
 
 @pytest.mark.parametrize("shape", [(40, 43), (47, 90), (53, 67), (61, 58), (75, 40), (83, 111)])
@@ -80,7 +144,7 @@ def test_the_pil_backend_is_our_evaluation_but_for_a_pixel_of_the_crop(make, tmp
     stock = AutoImageProcessor.from_pretrained(out, backend="pil")
     mean, std = (np.array(getattr(stock, f"image_{name}")).reshape(3, 1, 1) for name in ("mean", "std"))
     found = stock(picture, return_tensors="np")["pixel_values"][0] * std + mean
-    expected, shift = prepare_rounding_down(picture, (32, 32))
+    expected, shift = prepare_rounding_down(picture, EvalCrop((32, 32)))
     assert abs(found - expected.numpy()).max() < 1e-6
     ours = eval_image(picture, (32, 32)) / 255
     assert (abs(found - ours).max() < 1e-6) == (shift == [0, 0])
@@ -89,9 +153,7 @@ def test_the_pil_backend_is_our_evaluation_but_for_a_pixel_of_the_crop(make, tmp
 @pytest.mark.parametrize("target", ["beit", "timm"])
 def test_shifts_of_the_crop_are_recorded_whatever_the_picture(make, tmp_path, target):
     """The bundled picture itself is not shifted at this size."""
-    image = decoded(flower(), 3)
-    assert prepare_rounding_down(image, (32, 32))[1] == [0, 0]
-    assert len(odd_pictures(image, (32, 32))) == 3
+    assert prepare_rounding_down(decoded(flower(), 3), EvalCrop((32, 32)))[1] == [0, 0]
     found = record(export(make(MAEForImageClassification), tmp_path / "out", target))["processor"]
     assert found["agrees"] is True
     assert found["shift"] == ([1, 1] if target == "beit" else [0, 0])
@@ -122,4 +184,4 @@ def test_the_short_side_of_a_processor_becomes_timms_crop(make, tmp_path, unchec
 
 def test_pixels_of_a_picture_are_ours_to_write():
     """Else PyTorch warns the user of an array that cannot be written to."""
-    assert torch.equal(prepare(decoded(flower(), 3), (32, 32)).mul_(0), torch.zeros(3, 32, 32))
+    assert torch.equal(prepare(decoded(flower(), 3), EvalCrop((32, 32))).mul_(0), torch.zeros(3, 32, 32))

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from hf_mae import MAEConfig
-from hf_mae.data.images import resize_to_cover
 from hf_mae.models.modeling_classification import MAEForImageClassification
 from hf_mae.recipes.classification import ClassifierOptim
+from hf_mae.recipes.crop import EvalCrop
 from hf_mae.training import memory
 from hf_mae.training.memory import Alive, largest_micro_batch
 from hf_mae.training.optim import build_optimizer
@@ -177,8 +176,23 @@ def test_the_processor_states_the_rule_that_evaluation_follows(goldens, side, re
     task.config.image_size = side
     stated = task.processor()
     assert stated["size"] == {"shortest_edge": resized}
-    picture = Image.new("RGB", (500, 600))
-    assert min(resize_to_cover(picture, (side, side)).size) == resized
+    assert min(EvalCrop((side, side)).resized(600, 500)) == resized
+
+
+@pytest.mark.parametrize(("size", "pct", "resized"), [((64, 256), None, (64, 256)), ((48, 32), 0.9, (53, 35))])
+def test_the_processor_of_an_input_that_is_not_square_resizes_both_sides(goldens, size, pct, resized):
+    """341adb0 took the larger side for the shortest edge, so that stock code saw a sixteenth of an image."""
+    task = official_task(goldens, "gap", crop_pct=pct)
+    task.config.image_size = size
+    stated = task.processor()
+    assert stated["size"] == dict(zip(("height", "width"), resized, strict=True))
+    assert stated["crop_size"] == dict(zip(("height", "width"), size, strict=True))
+
+
+def test_the_processor_states_the_share_that_was_asked_for(goldens):
+    task = official_task(goldens, "gap", crop_pct=1.0)
+    task.config.image_size = 32
+    assert task.processor()["size"] == {"shortest_edge": 32}
 
 
 def test_the_model_folder_is_a_hugging_face_folder(classifier):

@@ -121,7 +121,14 @@ def test_a_model_of_timm_passes_through(tmp_path, picture):
     found = record(out)
     assert (found["target"], found["class"], found["library"]) == ("timm", "test_resnet", "timm")
     assert found["parity"]["float64"] <= 1e-12
-    assert found["processor"] == {"pil": None, "default": pytest.approx(0, abs=1e-6), "shift": [0, 0], "agrees": True}
+    assert found["processor"] == {
+        "pil": None,
+        **dict.fromkeys(("default", "timm"), pytest.approx(0, abs=1e-6)),
+        "shift": [0, 0],
+        "images": 9,
+        "transparency": None,
+        "agrees": True,
+    }
     again, read = load(out)
     assert read == spec
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())

@@ -254,8 +254,6 @@ def describe_world(accelerator: Accelerator) -> str:
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         line += " (the dynamo backend of `accelerate config` is not used: --engine.compile compiles the blocks)"
     if accelerator.device.type == "cuda":
-        if used == "no" and torch.get_float32_matmul_precision() == "highest":
-            line += " (float32 leaves most of a GPU unused: --engine.precision bf16, or --engine.tf32)"
         local, visible = _number("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
         if local < visible:
             line += (

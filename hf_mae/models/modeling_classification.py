@@ -71,9 +71,8 @@ class MAEForImageClassification(MAEPreTrainedModel):
         )
         # The rates beside the images, so that no forward pass copies them to a GPU and waits. As integers, their bits:
         # a model that is cast to another type keeps them.
-        self.register_buffer(
-            "drop_path_bits", torch.zeros(2 * config.num_hidden_layers).view(torch.int32), persistent=False
-        )
+        bits = torch.zeros(2 * config.num_hidden_layers, dtype=torch.int32)
+        self.register_buffer("drop_path_bits", bits, persistent=False)
         self.drop_path_rates = _rates(config)
 
     @property
@@ -425,7 +424,8 @@ class MAEForImageClassification(MAEPreTrainedModel):
 
 def _rates(config: MAEConfig) -> list[float]:
     # In float32 as timm's; on the CPU also while a model is being built on the meta device.
-    rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+    count = config.num_hidden_layers
+    rates = torch.linspace(0, config.drop_path_rate, count, dtype=torch.float32, device="cpu").tolist()
     return [rate for rate in rates for _ in range(2)]
 
 

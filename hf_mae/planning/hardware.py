@@ -9,7 +9,7 @@ from hf_mae.planning.counts import Attention, Precision
 from hf_mae.recipes.fields import choose
 
 IMAGENET_IMAGES = 1_281_167
-IMAGES = {"ILSVRC/imagenet-1k": IMAGENET_IMAGES, "cifar10": 50_000, "digits": 1_437}
+IMAGES = {"ILSVRC/imagenet-1k": IMAGENET_IMAGES, "uoft-cs/cifar10": 50_000, "digits": 1_437}
 """Training images of the data sets that presets name."""
 
 DECODE_RATES = {"official": 339.0, "exact": 435.0, "fast": 587.0}
@@ -19,7 +19,7 @@ core of an Intel Xeon at 2.3 GHz, 1,000 ImageNet originals (benchmarks/README.md
 IMAGE_BYTES = 110_000.0
 """Mean of 1,000 ImageNet originals."""
 
-SMALL_PICTURES = ("cifar10", "digits")
+SMALL_PICTURES = ("uoft-cs/cifar10", "digits")
 """Data for which the two figures above mean nothing."""
 
 HAND_OVER = {"thread": 0.06, "process": 0.12}

@@ -49,6 +49,7 @@ def test_a_run_becomes_a_classifier_that_a_stranger_runs(make, make_run, tmp_pat
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        FILES,
         "export.json",
     }
     found = record(out)
@@ -238,7 +239,7 @@ def test_onnx_has_the_config_of_the_stock_class_beside_it(make, save, tmp_path, 
     pytest.importorskip("onnxruntime")
     out = export(save(make(cls), tmp_path / "model"), tmp_path / "out", "onnx")
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert names == {"onnx/model.onnx", "config.json", "preprocessor_config.json", "export.json"}
+    assert names == {"onnx/model.onnx", "config.json", "preprocessor_config.json", "export.json", FILES}
     found = record(out)
     assert (found["library"], found["task"]) == ("onnx", task)
     assert "id2label" in json.loads((out / "config.json").read_text()) or cls is MAEForPreTraining

@@ -319,10 +319,10 @@ def test_an_export_says_it_too(tmp_path):
     )
     task, said = Classification(made, (0.5,), (0.5,)), []
     written = task.processor() | {"pixel_range": [0.0, 4095.0]}
-    found = read_processor(made, written, None, said.append)
+    found, _ = read_processor(made, written, None, said.append)
     assert found["pixel_range"] == [0.0, 4095.0]
     assert any("--data.pixel-range 0 4095" in line for line in said)
-    assert "pixel_range" not in read_processor(made, task.processor(), None, said.append)
+    assert "pixel_range" not in read_processor(made, task.processor(), None, said.append)[0]
     as_timm(made, tmp_path / "timm", found)
     assert read_source(tmp_path / "timm").spec.pixel_range == (0.0, 4095.0)
 

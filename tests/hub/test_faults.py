@@ -102,7 +102,7 @@ GATED = ["evaluate", "export", "demo --reconstruct", "demo --classify", "pull"]
 @pytest.mark.parametrize("command", GATED)
 def test_a_gated_repository_is_told_by_every_command_that_loads(rows, command):
     row = rows[f"gated-{command}"]
-    assert row["outcome"] in ("ValueError", "RuntimeError"), row
+    assert row["outcome"] in ("ModelFileError", "RuntimeError"), row
     assert re.search(r"is gated|a gated repo", row["told"]), row
     assert "hf auth login" in row["told"]
     assert row["waits"] == []
@@ -115,7 +115,7 @@ def test_a_full_disk_stops_a_pull_with_a_remedy(rows):
 
 def test_a_model_that_cannot_be_opened_is_one_sentence(rows):
     for name in ("open-missing", "open-gated"):
-        assert rows[name]["outcome"] == "ValueError", rows[name]
+        assert rows[name]["outcome"] == "ModelFileError", rows[name]
         assert "cannot be opened as a Hub id" in rows[name]["told"]
         assert "hf auth login" in rows[name]["told"]
 

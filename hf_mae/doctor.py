@@ -120,6 +120,7 @@ def _version(package: str) -> str | None:
 
 def _devices() -> tuple[list[Row], dict[str, Any]]:
     import torch
+    import torch.cuda.nccl
 
     rows, gpus = [], []
     for index in range(torch.cuda.device_count()):
@@ -316,7 +317,7 @@ def make_recipe(case: Case, images: Path, out: Path, gpus: int, resume: Path | N
             precision=case.precision,
             compile=case.compile,
             expect_processes=case.processes,
-            **({"deterministic": True} if case.deterministic else {}),
+            deterministic=case.deterministic,
         ),
     )
 

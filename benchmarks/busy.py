@@ -27,7 +27,7 @@ SETTINGS = {
     "spin 10000": {"GOMP_SPINCOUNT": "10000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
-STEPS, WARM = 40, 20
+STEPS, WARM = 24, 8
 
 
 def images_per_second(setting: str, data: str, preset: str, busy: bool) -> float:
@@ -38,7 +38,7 @@ def images_per_second(setting: str, data: str, preset: str, busy: bool) -> float
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(
                 [sys.executable, "-m", "hf_mae.cli", "pretrain", preset, "--data.path", data, "--out", f"{folder}/run",
-                 "--global-batch", "64", "--max-steps", str(STEPS), "--log-every", "10", "--evals.no-knn",
+                 "--global-batch", "64", "--max-steps", str(STEPS), "--log-every", "8", "--evals.no-knn",
                  "--evals.no-rankme", "--evals.pictures", "0"],
                 env=environment | SETTINGS[setting] | {"HF_HUB_OFFLINE": "1"}, check=True, capture_output=True,
                 start_new_session=True,

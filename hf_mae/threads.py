@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 SPIN_COUNT = 10_000
 """Rounds that an idle OpenMP thread spins before it sleeps. libgomp's default, 300,000 and more, makes two threads that
-share a core with one other busy process 7 times slower; this value costs nothing on a machine of one's own (measured on
+share a core with one other busy process 6 times slower; this value costs nothing on a machine of one's own (measured on
 2 cores: benchmarks/README.md, "A busy machine")."""
 
 

@@ -271,17 +271,17 @@ def make_cases(gpus: int) -> list[Case]:
     if gpus:
         cases += [
             Case(name="deterministic", deterministic=True),
-            Case(name="deterministic resume", deterministic=True, resume_from="deterministic"),
+            Case(name="deterministic-resume", deterministic=True, resume_from="deterministic"),
         ]
     if several > 1:
-        cases.append(Case(name=f"DDP, {several} processes", processes=several))
+        cases.append(Case(name="ddp", processes=several))
     if gpus > 1:  # on CPUs Accelerate takes no notice of FSDP
-        cases.append(Case(name=f"FSDP2, {gpus} processes", processes=gpus, environment=fsdp))
-        cases.append(Case(name=f"FSDP2 bf16, {gpus} processes", processes=gpus, environment=fsdp, precision="bf16"))
+        cases.append(Case(name="fsdp2", processes=gpus, environment=fsdp))
+        cases.append(Case(name="fsdp2-bf16", processes=gpus, environment=fsdp, precision="bf16"))
     cases.append(Case(name="decoding", decode_only=True))
-    cases.append(Case(name="float32 compiled", compile=True))
+    cases.append(Case(name="float32-compiled", compile=True))
     if gpus:
-        cases.append(Case(name="bf16 compiled", compile=True, precision="bf16"))
+        cases.append(Case(name="bf16-compiled", compile=True, precision="bf16"))
     return cases
 
 
@@ -394,7 +394,7 @@ def check_training(
 
 
 def _run_case(case: Case, folder: Path, gpus: int, seconds: float, before: Mapping[str, Outcome]) -> Outcome:
-    outcome, out = Outcome(case), folder / case.name.replace(" ", "_").replace(",", "")
+    outcome, out = Outcome(case), folder / case.name
     resume = None
     if case.resume_from is not None:
         resume = folder / case.resume_from / "checkpoints" / f"step_{STEPS // 2:08d}"
@@ -460,6 +460,8 @@ def _judge(outcome: Outcome, outcomes: Mapping[str, Outcome], gpus: int) -> Row:
         return Row(case.name, text, "failed" if promised else "note", remedy)
     reference = outcomes.get("float32")
     apart = ""
+    if case.processes > 1:
+        rate = f"{case.processes} processes, {rate}"
     if reference is not None and reference.losses and reference is not outcome:
         kind = "bf16" if case.precision == "bf16" else "float32"
         far = max(abs(a - b) / abs(b) for a, b in zip(outcome.losses[:3], reference.losses[:3], strict=False))
@@ -553,8 +555,10 @@ def examine(
         Whether nothing has failed.
 
     Raises:
-        ValueError: `out` holds something else, or cannot be written.
+        ValueError: `out` holds something else or cannot be written, or `only` is given without `train` or is unknown.
     """
+    if only and not train:
+        raise ValueError(f"only={' '.join(only)} names parts of the training check; add --train")
     if out.exists() and not _is_report(out):
         raise ValueError(f"out={out} exists and is not a report of this command; choose another --out")
     if not out.absolute().parent.is_dir():

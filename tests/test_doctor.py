@@ -60,9 +60,9 @@ def test_names_gpus(monkeypatch, tmp_path):
 
 def test_cases_fit_the_machine():
     names = [case.name for case in make_cases(8)]
-    assert {"DDP, 8 processes", "FSDP2, 8 processes", "FSDP2 bf16, 8 processes", "deterministic resume"} <= set(names)
-    assert [c.processes for c in make_cases(1) if "DDP" in c.name] == []
-    assert not any("FSDP" in case.name for case in make_cases(0))
+    assert {"ddp", "fsdp2", "fsdp2-bf16", "deterministic-resume"} <= set(names)
+    assert [c.processes for c in make_cases(1) if c.processes > 1] == []
+    assert not any("fsdp" in case.name for case in make_cases(0))
     for case in make_cases(8):
         recipe = doctor.make_recipe(case, doctor.Path("images"), doctor.Path("out"), 8, None)
         assert recipe.global_batch % case.processes == 0
@@ -101,6 +101,12 @@ def test_an_unknown_part_is_refused():
         check_training(0, only=["float64"])
 
 
+def test_parts_without_the_training_check_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--train"):
+        examine(tmp_path / "report.json", only=("bf16",))
+    assert not (tmp_path / "report.json").exists()
+
+
 def test_what_does_not_fit_the_time_is_left_out():
     rows, _ = check_training(0, minutes=0.1)
     assert {row.status for row in rows} == {"skipped"}
@@ -111,7 +117,7 @@ def test_what_does_not_fit_the_time_is_left_out():
 def test_trains_resumes_and_decodes_on_this_machine(tmp_path):
     out = tmp_path / "report.json"
     lines: list[str] = []
-    only = ("bf16", "resume", "DDP, 2 processes", "decoding")
+    only = ("bf16", "resume", "ddp", "decoding")
     assert examine(out, train=True, only=only, say=lines.append), "\n".join(lines)
     cases = {case["case"]["name"]: case for case in json.loads(out.read_text())["training"]}
     assert set(cases) == {*only, "float32"}
